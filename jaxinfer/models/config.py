@@ -3,24 +3,7 @@
 import dataclasses
 from typing import Literal
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al., 2104.09864) and how it is stretched beyond the trained context.
-
-    `kind` selects the stretch; the fields below it are read only by the kinds named beside them.
-    """
-
-    theta: float = 10_000.0
-    kind: Literal["default", "linear", "ntk", "yarn", "llama3"] = "default"
-    factor: float = 1.0  # linear, ntk, yarn, llama3
-    original_context: int = 0  # ntk, yarn, llama3: tokens seen in pre-training
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: scales cos and sin; None derives it from `factor`
-    truncate: bool = True  # yarn: round the correction range to whole dimensions
+from jaxinfer.ops.rope import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,101 @@
+"""Softmax attention of query tokens against cache slots, masked by absolute positions."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # finite, so that a row with nothing to see gives zeros and not NaN
+_QUERY_BLOCK = 256  # query tokens scored together in a prefill: bounds the score matrix to [N, 256, live slots]
+_SMALLEST_READ = 128  # slots; below it a smaller read saves nothing
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    positions: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Return `softmax(softcap(scale * q k^T) + mask) v`, where slot s holds the key of position s.
+
+    A query at position p sees positions p - window + 1 .. p. A negative position marks padding: it sees
+    nothing and its output is zero. Slots past the last query position are never used, whatever they hold,
+    and at most the next power of two of the live slots is read.
+    """
+    T = q.shape[1]
+    if T <= _QUERY_BLOCK:
+        return _attend_block(q, k, v, positions, scale, window, softcap)
+    blocks = -(-T // _QUERY_BLOCK)
+    pad = blocks * _QUERY_BLOCK - T
+    q_blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    q_blocks = jnp.stack(jnp.split(q_blocks, blocks, axis=1))
+    p_blocks = jnp.stack(jnp.split(jnp.pad(positions, ((0, 0), (0, pad)), constant_values=-1), blocks, axis=1))
+    out = jax.lax.map(lambda qp: _attend_block(qp[0], k, v, qp[1], scale, window, softcap), (q_blocks, p_blocks))
+    return jnp.concatenate(list(out), axis=1)[:, :T]
+
+
+def _attend_block(q, k, v, positions, scale, window, softcap):
+    """Attend with the smallest read that covers every position a query of this block sees."""
+    S, T = k.shape[2], q.shape[1]
+    last = positions.max()
+    first = jnp.int32(0)
+    sizes = _read_sizes(S)
+    if window is not None:
+        seen = jnp.where(positions < 0, S, positions).min() - window + 1
+        first = jnp.clip(seen, 0, S - 1)
+        sizes = [s for s in sizes if s < window + T] + [s for s in sizes if s >= window + T][:1]
+
+    def read(size: int):
+        def attend(q, k, v, positions, first):
+            if window is None:
+                start = jnp.int32(0)
+                k, v = k[:, :, :size], v[:, :, :size]
+            else:
+                start = jnp.minimum(first, S - size)
+                k = jax.lax.dynamic_slice_in_dim(k, start, size, axis=2)
+                v = jax.lax.dynamic_slice_in_dim(v, start, size, axis=2)
+            return _softmax_attention(q, k, v, positions, start + jnp.arange(size), scale, window, softcap)
+
+        return attend
+
+    if len(sizes) == 1:
+        return read(sizes[0])(q, k, v, positions, first)
+    index = jnp.searchsorted(jnp.asarray(sizes), last + 1 - first)  # the first size >= the slots in sight
+    index = jnp.minimum(index, len(sizes) - 1)
+    return jax.lax.switch(index, [read(s) for s in sizes], q, k, v, positions, first)
+
+
+def _read_sizes(slots: int) -> list[int]:
+    sizes, size = [], _SMALLEST_READ
+    while size < slots:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, slots]
+
+
+def _softmax_attention(q, k, v, positions, slots, scale, window, softcap):
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    G = N // K
+    grouped = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, G, T, -1) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    p, s = positions[:, :, None], slots[None, None, :]
+    visible = s <= p
+    if window is not None:
+        visible &= s > p - window
+    visible = visible[:, None, None]
+    scores = jnp.where(visible, scores, MASKED)
+    weights = jnp.where(visible, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = (weights / jnp.maximum(total, 1e-30)).astype(v.dtype).reshape(B, K, G * T, -1)
+    # A slot that no query sees may hold anything, NaN included, and 0 * NaN is NaN.
+    used = slots[None, :] <= positions.max(axis=1, keepdims=True)
+    v = jnp.where(used[:, None, :, None], v, 0)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
