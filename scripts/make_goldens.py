@@ -41,7 +41,9 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0)
+YARN = dict(
+    rope_type="yarn", rope_theta=50.0, factor=4.0, original_max_position_embeddings=64, beta_fast=2.0, beta_slow=0.5
+)  # a small theta and betas near one: the ramp between kept and stretched dimensions has several inside
 MIXED = ["full_attention", "sliding_attention", "sliding_attention"]
 
 CASES = {
@@ -55,7 +57,7 @@ CASES = {
         max_position_embeddings=16,
         rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0),
     ),
-    "llama_yarn": dict(model_type="llama", head_dim=16, max_position_embeddings=64, rope_parameters=YARN),
+    "llama_yarn": dict(model_type="llama", head_dim=16, max_position_embeddings=256, rope_parameters=YARN),
     "llama_mqa": dict(model_type="llama", num_key_value_heads=1, attention_bias=True, mlp_bias=True),
     "mistral": dict(model_type="mistral", sliding_window=8),
     "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
