@@ -28,7 +28,7 @@ class LayerCache(Protocol):
         window: int | None,
         softcap: float | None,
     ) -> Float[Array, "B T N H"]:
-        """Attend from queries at absolute `positions`; a negative position is padding and gives zeros."""
+        """Attend from queries at absolute `positions`; a negative position is padding."""
 
     def rewind(self, length: Int[Array, "B"]) -> Self:
         """Return a cache that has forgotten every position >= length[b] of row b."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-MASKED = -1e30  # finite, so that a row with nothing to see gives zeros and not NaN
+MASKED = -1e30  # finite, so that padding, which sees nothing, gives numbers and not NaN
 _QUERY_BLOCK = 256  # query tokens scored together in a prefill: bounds the score matrix to [N, 256, live slots]
 _SMALLEST_READ = 128  # slots; below it a smaller read saves nothing
 
@@ -21,8 +21,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Return `softmax(softcap(scale * q k^T) + mask) v`, where slot s holds the key of position s.
 
-    A query at position p sees positions p - window + 1 .. p. A negative position marks padding: it sees
-    nothing and its output is zero. Slots past the last query position are never used, whatever they hold,
+    A query at position p sees positions p - window + 1 .. p. A negative position marks padding: its
+    output is finite and means nothing. Slots past the last query position are never used, whatever they hold,
     and at most the next power of two of the live slots is read.
     """
     T = q.shape[1]
@@ -80,22 +80,21 @@ def _softmax_attention(q, k, v, positions, slots, scale, window, softcap):
     B, T, N, H = q.shape
     K = k.shape[1]
     G = N // K
-    grouped = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, G, T, -1) * scale
+    grouped = (q * scale).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     p, s = positions[:, :, None], slots[None, None, :]
     visible = s <= p
     if window is not None:
         visible &= s > p - window
-    visible = visible[:, None, None]
-    scores = jnp.where(visible, scores, MASKED)
-    weights = jnp.where(visible, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))  # exactly 0 where masked
     total = weights.sum(axis=-1, keepdims=True)
-    weights = (weights / jnp.maximum(total, 1e-30)).astype(v.dtype).reshape(B, K, G * T, -1)
     # A slot that no query sees may hold anything, NaN included, and 0 * NaN is NaN.
     used = slots[None, :] <= positions.max(axis=1, keepdims=True)
     v = jnp.where(used[:, None, :, None], v, 0)
+    weights = weights.astype(v.dtype).reshape(B, K, G * T, -1)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+    out = out.reshape(B, K, G, T, H) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)

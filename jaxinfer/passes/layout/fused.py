@@ -1,0 +1,57 @@
+"""Fewer, larger matrix products for the same numbers: q, k, v in one, gate and up in one.
+
+Lossless. It pays where one row is multiplied and the call itself costs (decode on CPU and GPU); a mesh that
+shards heads wants the parts separate, so it is applied for one device, at load.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxinfer.models.layers import Linear
+from jaxinfer.models.transformer import QKV, GateUp, Transformer
+from jaxinfer.tree import rewrite
+
+
+@nnx.dataclass
+class FusedQKV(nnx.Module):
+    """Query, key and value heads side by side on the kernel's head axis."""
+
+    linear: Linear = nnx.data()
+    num_kv_heads: int = nnx.static(kw_only=True)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        y, K = self.linear(x), self.num_kv_heads
+        return y[:, :, : -2 * K], y[:, :, -2 * K : -K], y[:, :, -K:]
+
+
+@nnx.dataclass
+class FusedGateUp(nnx.Module):
+    """Gate and up side by side on the kernel's mlp axis."""
+
+    linear: Linear = nnx.data()
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, Array]:
+        return tuple(jnp.split(self.linear(x), 2, axis=-1))
+
+
+def fuse(model: Transformer) -> Transformer:
+    """Return the model with fused projections; abstract trees work too."""
+    model = rewrite(
+        model, QKV, ".*", lambda n: FusedQKV(_side_by_side([n.q, n.k, n.v]), num_kv_heads=n.k.kernel.shape[1])
+    )
+    return rewrite(model, GateUp, ".*", lambda n: FusedGateUp(_side_by_side([n.gate, n.up])))
+
+
+def _side_by_side(parts: list[Linear]) -> Linear:
+    first = parts[0]
+    kernel = _concatenate([p.kernel for p in parts], axis=1)
+    bias = None if first.bias is None else _concatenate([p.bias for p in parts], axis=0)
+    return Linear(kernel, bias=bias, eq=first.eq, axes=first.axes)
+
+
+def _concatenate(leaves: list, axis: int):
+    join = lambda *xs: jnp.concatenate(xs, axis=axis)  # noqa: E731
+    abstract = isinstance(leaves[0], jax.ShapeDtypeStruct)
+    return jax.eval_shape(join, *leaves) if abstract else join(*leaves)

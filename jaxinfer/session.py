@@ -1,0 +1,136 @@
+"""A batch of conversations with its cache: feed prompts, decode, feed again; what is already cached is kept."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from jaxinfer.decode import loop
+from jaxinfer.decode.base import State
+from jaxinfer.decode.sampling import Sampling
+from jaxinfer.errors import InputError
+from jaxinfer.program import Program
+
+Rows = list[list[int]]
+
+
+class Session:
+    """Rows of tokens and the cache that holds them; `feed` then `decode`, as often as wanted.
+
+    The one mutable object of the decode path. It lives on the host, and holds no array that it gives away.
+    """
+
+    def __init__(self, program: Program, batch: int = 1):
+        self.program = program
+        self.rows: Rows = [[] for _ in range(batch)]  # what the cache holds, by row
+        self._cache = None
+        self._logits = None
+        self._slots = 0
+        self._ended = np.zeros(batch, bool)
+
+    def feed(
+        self, rows: Sequence[Sequence[int]], room: int = 0, progress: Callable[[int], object] | None = None
+    ) -> int:
+        """Make the cache hold exactly `rows` and `room` free slots beyond; return how many tokens were computed.
+
+        A row's longest prefix that is cached already is kept. Empty rows are allowed: they decode nothing.
+
+        Raises:
+            InputError: a row is longer than the model's context, or holds an id outside the vocabulary.
+        """
+        rows = [[int(t) for t in row] for row in rows]
+        config = self.program.config
+        for row in rows:
+            if len(row) >= config.max_context:
+                raise InputError(
+                    f"prompt of {len(row)} tokens: the model's context is {config.max_context}, "
+                    "and one must be left to generate; shorten the prompt"
+                )
+            if row and not (min(row) >= 0 and max(row) < config.vocab_size):
+                bad = max(row) if max(row) >= config.vocab_size else min(row)
+                raise InputError(f"token {bad}: must be in 0..{config.vocab_size - 1}; is this the right tokenizer?")
+        needed = min(max(len(row) for row in rows) + room, config.max_context)
+        if needed > self._slots or self._cache is None:
+            self._slots = loop.slots_for(needed)
+            self._cache = loop.empty_cache(self.program.model, len(rows), self._slots)
+            self.rows = [[] for _ in rows]
+        keep = [_common_prefix(old, new) for old, new in zip(self.rows, rows, strict=True)]
+        keep = [min(n, max(len(row) - 1, 0)) for n, row in zip(keep, rows, strict=True)]  # one token gives the logits
+        cache, self._cache = loop.rewind(self._cache, np.array(keep, np.int32)), None
+        new = [row[n:] for n, row in zip(keep, rows, strict=True)]
+        self._cache, self._logits = loop.prefill(self.program.model, cache, new, progress)
+        self.rows = rows
+        return sum(len(row) for row in new)
+
+    def decode(
+        self,
+        max_new_tokens: int | Sequence[int],
+        *,
+        sampling: Sampling | None = None,
+        seed: int | Sequence[int] = 0,
+        stop_ids: Sequence[int] | None = None,
+        steps: Callable[[int], int] = lambda dispatch: 1 << 30,
+    ) -> Iterator[Rows]:
+        """Yield each row's new tokens, once a dispatch of `steps(dispatch number)` decode steps.
+
+        Row b draws with its own seed, `seed + b` when one number is given. The stop token is part of the output.
+        `end(rows)` between two yields ends rows early. Leaving the iterator early is fine: the cache then holds what
+        was computed.
+        """
+        program, batch = self.program, len(self.rows)
+        limit = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (batch,))
+        lengths = np.array([len(row) for row in self.rows])
+        limit = np.where(lengths > 0, np.minimum(limit, program.config.max_context - lengths), 0)
+        seeds = np.asarray(seed) if np.ndim(seed) else seed + np.arange(batch)
+        sampling = Sampling() if sampling is None else sampling
+        cache, logits, self._cache, self._logits = self._cache, self._logits, None, None
+        state = loop.start(
+            program.decoder,
+            cache,
+            logits,
+            limit=limit,
+            stop_ids=program.stop_ids if stop_ids is None else stop_ids,
+            sampling=sampling,
+            seeds=seeds % 2**32,
+            seen=None if sampling.repetition_penalty is None else _seen(self.rows, program.config.vocab_size),
+        )
+        self._ended = np.zeros(batch, bool)
+        told = np.zeros(batch, np.int64)
+        dispatch = 0
+        try:
+            while True:
+                emitted, tokens, done = (np.asarray(x) for x in (state.emitted, state.tokens, state.done))
+                new = [tokens[b, told[b] : emitted[b]].tolist() for b in range(batch)]
+                told = emitted.astype(np.int64)
+                yield new
+                if self._ended.any():
+                    state = loop.finish(state, self._ended)
+                    done = done | self._ended
+                if done.all():
+                    return
+                state = loop.advance(program.decoder, program.model, state, np.int32(steps(dispatch)))
+                dispatch += 1
+        finally:
+            self._keep(state)
+
+    def end(self, rows: Sequence[int]) -> None:
+        """End rows of the running `decode`: the host has seen a stop that the device can't, such as a string."""
+        self._ended[list(rows)] = True
+
+    def _keep(self, state: State) -> None:
+        """Take the cache back. The newest token of a row was emitted but never fed, so it is not in the cache."""
+        emitted, tokens, length = (np.asarray(x) for x in (state.emitted, state.tokens, state.cache.length))
+        self._cache = state.cache
+        for b, row in enumerate(self.rows):
+            self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def _seen(rows: Rows, vocab_size: int) -> np.ndarray:
+    seen = np.zeros((len(rows), vocab_size), bool)
+    for b, row in enumerate(rows):
+        seen[b, row] = True
+    return seen
