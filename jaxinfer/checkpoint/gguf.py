@@ -210,10 +210,10 @@ def _llama3_rope(info: TensorInfo, path: Path, theta: float, head_dim: int) -> R
 def entries(header: Header, path: str | Path) -> dict[str, Entry]:
     """Return the tensors of the file at `path` by name; nothing is read before an entry's `read()`.
 
-    `read()` maps the tensor's bytes: float32, float16 and bfloat16 come as stored, as a read-only view of the file;
-    Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K come as float32 of their own.
+    `read()` brings one tensor's bytes into memory: F32, F16 and BF16 come as they are stored, the blocks of Q8_0, Q4_0,
+    Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K dequantized to float32.
 
-    Raises InputError for a tensor of any other type; `read()` does where the file has become unreadable.
+    Raises InputError for a tensor of any other type; `read()` does where the file has been cut or removed since.
     """
     path = Path(path)
     out = {}
@@ -228,12 +228,15 @@ def entries(header: Header, path: str | Path) -> dict[str, Entry]:
 
 
 def _read(info: TensorInfo, path: Path) -> np.ndarray:
+    dtype = _PLAIN.get(info.type, np.dtype(np.uint8))
     try:
-        raw = np.memmap(path, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
-    except (OSError, ValueError) as e:  # ValueError: the file is shorter than it was
-        raise InputError(f"cannot read tensor {info.name!r} of {path}: {e}; open the file again") from None
-    raw = np.asarray(raw)
+        # read, not mapped: a mapping of a file that is cut later would end the process
+        stored = np.fromfile(path, dtype, info.nbytes // dtype.itemsize, offset=info.offset)
+    except OSError as e:
+        raise InputError(f"{path}: cannot read tensor {info.name!r:.80} ({e.strerror}); open the file again") from None
+    if stored.nbytes != info.nbytes:
+        raise InputError(f"{path}: tensor {info.name!r:.80} ends after the file does, which was cut; download it again")
     if info.type in _PLAIN:
-        return raw.view(_PLAIN[info.type]).reshape(info.shape)
+        return stored.reshape(info.shape)
     with np.errstate(all="ignore"):  # a damaged scale gives inf or nan, which is for the caller to see
-        return dequantize(raw.reshape(*info.shape[:-1], -1), info.type).reshape(info.shape)
+        return dequantize(stored.reshape(*info.shape[:-1], -1), info.type).reshape(info.shape)

@@ -56,6 +56,8 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
+        if not path.is_file() and path.exists():  # a pipe would block
+            raise InputError(f"{path} is not a regular file; give the path of a GGUF file")
         size = path.stat().st_size
         with path.open("rb") as file:
             if size < 24:

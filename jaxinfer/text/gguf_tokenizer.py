@@ -51,7 +51,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str | Path) -> Tokeni
     keys = _Keys(metadata, path)
     kind = keys.get("model", str)
     if kind not in ("gpt2", "llama"):
-        raise keys.fail("model", f"and the known kinds are gpt2 and llama, not {kind!r:.80}")
+        raise keys.fail("model", f"the known kinds are gpt2 and llama, not {kind!r:.80}")
     tokens = keys.strings("tokens")
     types = keys.numbers("token_type", len(tokens), np.full(len(tokens), _NORMAL))
     roles = {role: keys.token_id(f"{role}_token_id", len(tokens)) for role in ("bos", "eos", "unknown", "padding")}
@@ -91,13 +91,13 @@ def _byte_level(keys: "_Keys", tokens: list[str]) -> tuple[tokenizers.Tokenizer,
     """Return the tokenizer, and whether texts begin with BOS where the file does not say."""
     pre = keys.get("pre", str, "default")
     if pre not in _CUTS:
-        raise keys.fail("pre", f"but {pre!r:.80} is not a known way to cut text; {nearest(pre, _CUTS)}")
+        raise keys.fail("pre", f"{pre!r:.80} is not a known way to cut text; {nearest(pre, _CUTS)}")
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
     for merge in keys.strings("merges"):
         pair = merge.split(" ")
         if len(pair) != 2:
-            raise keys.fail("merges", f"but {merge!r:.80} is not two tokens with a space between")
+            raise keys.fail("merges", f"{merge!r:.80} is not two tokens with a space between")
         merges.append((pair[0], pair[1]))
     backend = _bpe(keys, vocab, merges, ignore_merges=pre in _LLAMA3_NAMES)
     cut = _CUTS[pre]
@@ -152,7 +152,7 @@ def _bpe(keys: "_Keys", vocab: dict[str, int], merges: list[tuple[str, str]], **
     try:
         return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     except Exception as e:  # the library raises bare Exception, for a merge of tokens that the vocabulary lacks
-        raise keys.fail("merges", f"but they do not fit tokenizer.ggml.tokens ({' '.join(str(e).split())})") from None
+        raise keys.fail("merges", f"they do not fit tokenizer.ggml.tokens ({' '.join(str(e).split())})") from None
 
 
 def _added(tokens: Iterable[str], special: bool) -> list[AddedToken]:
@@ -178,30 +178,30 @@ class _Keys:
         self.metadata, self.path = metadata, path
 
     def fail(self, key: str, problem: str) -> InputError:
-        state = "is there" if f"tokenizer.ggml.{key}" in self.metadata else "is missing"
-        return InputError(f"{self.path}: tokenizer.ggml.{key} {state}, {problem}; convert the model again")
+        state = "cannot be used" if f"tokenizer.ggml.{key}" in self.metadata else "is missing"
+        return InputError(f"{self.path}: tokenizer.ggml.{key} {state}: {problem}; convert the model again")
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         value = self.metadata.get(f"tokenizer.ggml.{key}", default)
         if type(value) is not kind:
-            raise self.fail(key, f"and it must be a {kind.__name__}")
+            raise self.fail(key, f"it must be a {kind.__name__}")
         return value
 
     def strings(self, key: str) -> list[str]:
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         # the header's reader makes a list of strings only
         if not isinstance(value, list):
-            raise self.fail(key, "and it must be a list of strings")
+            raise self.fail(key, "it must be a list of strings")
         return value
 
     def numbers(self, key: str, count: int, default: np.ndarray | None = None) -> np.ndarray:
         value = self.metadata.get(f"tokenizer.ggml.{key}", default)
         if not isinstance(value, np.ndarray) or len(value) != count:
-            raise self.fail(key, f"and it must be {count} numbers, one for each token")
+            raise self.fail(key, f"it must be {count} numbers, one for each token")
         return value
 
     def token_id(self, key: str, count: int) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         if value is not None and (type(value) is not int or not 0 <= value < count):
-            raise self.fail(key, f"and it must be a token's number, from 0 to {count - 1}, not {value!r:.80}")
+            raise self.fail(key, f"it must be a token's number, from 0 to {count - 1}, not {value!r:.80}")
         return value
