@@ -31,7 +31,7 @@ OTHERS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 OTHERS |= {"U64": 8, "I64": 8, "C64": 8}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-MAX_TOKENS = 4_000_000  # brackets, commas and colons of a header: bounds the memory of its parsed form
+MAX_TOKENS = 1_500_000  # brackets, commas and colons of a header, 12 a tensor: bounds its time and memory once parsed
 MAX_RANK = 16
 MAX_BYTES = 1 << 56  # of one tensor; keeps every size within what numpy can hold
 INDEX = "model.safetensors.index.json"
@@ -203,7 +203,8 @@ def _reader(path: Path, name: str, shape: tuple[int, ...], dtype: str, start: in
                         f"{path}: tensor {name!r:.200} ends after the file does; the file was cut, fetch it again"
                     )
                 rest = rest[count:]
-        return array.astype(np.float32) if dtype == "F64" else array
+        with np.errstate(over="ignore"):  # beyond float32's range it becomes infinite, which no model accepts
+            return array.astype(np.float32) if dtype == "F64" else array
 
     return read
 
