@@ -1,6 +1,7 @@
 """Small GGUF files for the tests, written with the gguf package."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,33 @@ def spm_keys(tokenizer_json: Path) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     }
+
+
+def pack_string(text: str | bytes) -> bytes:
+    """Return a string as GGUF stores it."""
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def pack_entry(key: str | bytes, kind: int, value: bytes) -> bytes:
+    """Return one metadata entry."""
+    return pack_string(key) + struct.pack("<I", kind) + value
+
+
+def pack_tensor(name: str, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    """Return one tensor description; `dims` has the fastest first."""
+    return pack_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def pack_gguf(
+    entries: list[bytes],
+    tensors: list[bytes],
+    data: bytes = bytes(64),
+    *,
+    start: bytes = b"GGUF\3\0\0\0",
+    counts: tuple[int, int] | None = None,
+) -> bytes:
+    """Return a whole file, whose `counts` (of tensors and entries) may be a lie."""
+    tensor_count, entry_count = counts or (len(tensors), len(entries))
+    head = start + struct.pack("<QQ", tensor_count, entry_count) + b"".join(entries) + b"".join(tensors)
+    return head + bytes(-len(head) % 32) + data
