@@ -17,6 +17,7 @@ class Program:
     tokenizer: Tokenizer | None = None
     stop_ids: tuple[int, ...] = ()  # tokens that end a generation
     sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what the checkpoint recommends
+    layouts: tuple[str, ...] = ()  # how the weights lie, see passes.layout.LAYOUTS
     name: str = ""  # where it came from, for people
 
     @property

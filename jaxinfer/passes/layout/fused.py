@@ -4,14 +4,16 @@ Lossless. It pays where one row is multiplied and the call itself costs (decode 
 shards heads wants the parts separate, so it is applied for one device, at load.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxinfer.models.layers import Linear
-from jaxinfer.models.transformer import QKV, GateUp, Transformer
-from jaxinfer.tree import rewrite
+from jaxinfer.models.transformer import QKV, GateUp
+from jaxinfer.tree import rewrite, select
 
 
 @nnx.dataclass
@@ -36,17 +38,25 @@ class FusedGateUp(nnx.Module):
         return tuple(jnp.split(self.linear(x), 2, axis=-1))
 
 
-def fuse(model: Transformer) -> Transformer:
-    """Return the model with fused projections; abstract trees work too."""
-    model = rewrite(
-        model, QKV, ".*", lambda n: FusedQKV(_side_by_side([n.q, n.k, n.v]), num_kv_heads=n.k.kernel.shape[1])
+def fuse(tree: Any) -> Any:
+    """Return the tree with its q, k, v and its gate and up projections fused; abstract trees work too."""
+    if select(tree, QKV):
+        tree = rewrite(tree, QKV, ".*", _fuse_qkv)
+    if select(tree, GateUp):  # a mixture of experts has none
+        tree = rewrite(tree, GateUp, ".*", lambda n: FusedGateUp(_side_by_side([n.gate, n.up])))
+    return tree
+
+
+def _fuse_qkv(node: QKV) -> FusedQKV:
+    return FusedQKV(
+        _side_by_side([node.q, node.k, node.v]), num_kv_heads=node.k.kernel.shape[node.k.axes.index("kv_heads")]
     )
-    return rewrite(model, GateUp, ".*", lambda n: FusedGateUp(_side_by_side([n.gate, n.up])))
 
 
 def _side_by_side(parts: list[Linear]) -> Linear:
     first = parts[0]
-    kernel = _concatenate([p.kernel for p in parts], axis=1)
+    outputs = 1 if first.axes[0] == "embed" else 0  # the axis of heads, or of the mlp's width
+    kernel = _concatenate([p.kernel for p in parts], axis=outputs)
     bias = None if first.bias is None else _concatenate([p.bias for p in parts], axis=0)
     return Linear(kernel, bias=bias, eq=first.eq, axes=first.axes)
 

@@ -1,0 +1,106 @@
+"""Programs from checkpoints of any format, and back: `load` and `save`."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+from jaxinfer import device
+from jaxinfer.checkpoint import orbax
+from jaxinfer.checkpoint.assemble import assemble
+from jaxinfer.checkpoint.registry import resolve
+from jaxinfer.checkpoint.source import open_source
+from jaxinfer.errors import InputError, nearest
+from jaxinfer.models.config import config_from_dict, config_to_dict
+from jaxinfer.models.transformer import abstract
+from jaxinfer.passes.layout import LAYOUTS
+from jaxinfer.paths import cache_dir
+from jaxinfer.program import Program
+from jaxinfer.text.tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(name_or_path: str | os.PathLike, dtype: DTypeLike | None = None, progress: bool = False) -> Program:
+    """Load a model by name, path or hub repository, ready to run.
+
+    A path is a Hugging Face directory (safetensors), a .safetensors or .gguf file, or what `save` wrote. Without
+    `dtype`, dtype and weight layout are what this device ran fastest when it was measured (`jaxinfer info` shows it).
+
+    Raises:
+        InputError: the model is not found, damaged, or of an unsupported kind; the message names file, constraint, fix.
+    """
+    enable_compilation_cache()
+    path = resolve(name_or_path)
+    dtype = None if dtype is None else _check_dtype(dtype)
+    if orbax.is_saved(path):
+        return _restore(path, dtype)
+    source = open_source(path)
+    choice = device.choose(dtype)
+    model = assemble(
+        abstract(source.config, choice.dtype), source.config, source.entries, source.names, path=path, progress=progress
+    )
+    for layout in choice.layouts:
+        # One layer at a time, so that no second copy of the whole model exists.
+        for i, block in enumerate(model.layers):
+            model.layers[i] = LAYOUTS[layout](block)
+    return Program(
+        model=model,
+        tokenizer=source.tokenizer,
+        stop_ids=source.stop_ids,
+        sampling=source.sampling,
+        layouts=choice.layouts,
+        name=os.fspath(name_or_path),
+    )
+
+
+def save(program: Program, directory: str | os.PathLike) -> Path:
+    """Write a program (Orbax) so that `load(directory)` gives it back; the directory appears whole or not at all.
+
+    Raises:
+        InputError: the directory exists, or the disk is full; nothing is left behind.
+    """
+    metadata = {
+        "config": config_to_dict(program.config),
+        "dtype": str(program.model.embed.table.dtype),
+        "layouts": list(program.layouts),
+        "stop_ids": list(program.stop_ids),
+        "sampling": dict(program.sampling),
+        "name": program.name,
+    }
+    return orbax.save(Path(directory), program.model, metadata, program.tokenizer)
+
+
+def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
+    metadata = orbax.read_metadata(path)
+    model = abstract(config_from_dict(metadata["config"]), dtype or metadata["dtype"])
+    for layout in metadata["layouts"]:
+        model = LAYOUTS[layout](model)
+    return Program(
+        model=orbax.restore(path, model),
+        tokenizer=Tokenizer.load(path / "tokenizer") if (path / "tokenizer").is_dir() else None,
+        stop_ids=tuple(metadata["stop_ids"]),
+        sampling=metadata["sampling"],
+        layouts=tuple(metadata["layouts"]),
+        name=metadata["name"],
+    )
+
+
+def _check_dtype(dtype: DTypeLike) -> jnp.dtype:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise InputError(f"dtype={name!r}: {nearest(name, DTYPES)}")
+    return jnp.dtype(name)
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache directory, unless JAX was told where (or told not to)."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
