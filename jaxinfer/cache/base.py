@@ -1,12 +1,13 @@
 """What a cache owes the model: append, attend, rewind; and the whole-model cache that holds one a layer."""
 
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 
+@runtime_checkable
 class LayerCache(Protocol):
     """The storage of one attention layer. It owns its index algebra; lengths come from the whole-model cache."""
 
@@ -16,7 +17,7 @@ class LayerCache(Protocol):
         v: Float[Array, "B T K H"],
         start: Int[Array, "B"],
         counts: Int[Array, "B"],
-    ) -> Self:
+    ) -> "LayerCache":
         """Return a cache that also holds the first counts[b] of row b's T new tokens, at positions from start[b]."""
 
     def attend(
@@ -30,14 +31,15 @@ class LayerCache(Protocol):
     ) -> Float[Array, "B T N H"]:
         """Attend from queries at absolute `positions`; a negative position is padding."""
 
-    def rewind(self, length: Int[Array, "B"]) -> Self:
+    def rewind(self, length: Int[Array, "B"]) -> "LayerCache":
         """Return a cache that has forgotten every position >= length[b] of row b."""
 
 
+@runtime_checkable
 class CacheKind(Protocol):
     """How to make an empty layer cache: a frozen, hashable value that sits on an attention node."""
 
-    def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
+    def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> LayerCache:
         """Return an empty cache for `batch` rows of up to `slots` tokens."""
 
 

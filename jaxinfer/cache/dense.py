@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.ops.attention import attention
 
@@ -14,7 +14,7 @@ from jaxinfer.ops.attention import attention
 class Dense:
     """The kind of cache that keeps everything."""
 
-    def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "DenseLayer":
+    def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "DenseLayer":
         """Return an empty cache; zeros, so that nothing uninitialized is ever read."""
         shape = (batch, kv_heads, slots, head_dim)
         return DenseLayer(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))

@@ -1,6 +1,6 @@
 """The decoder protocol, the state that it steps, and the plain one-token-a-step decoder."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class State(nnx.Module):
         return State(**{**{name: getattr(self, name) for name in State.__annotations__}, **changes})
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """A strategy that turns a prefilled cache into tokens."""
 

@@ -1,7 +1,6 @@
 """From next-token logits to a token: greedy, or drawn after temperature, top-k, top-p, min-p and repetition penalty."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ class Sampling:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-    ) -> Self:
+    ) -> "Sampling":
         """Check plain numbers and drop every option at its neutral value.
 
         Raises:

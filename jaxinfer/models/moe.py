@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.layers import ACTIVATIONS, Leaf, Linear, Make
@@ -54,7 +54,7 @@ class MoE(nnx.Module):
         return weights, experts
 
 
-def build_moe(config: ModelConfig, make: Make, dtype: jnp.dtype) -> MoE:
+def build_moe(config: ModelConfig, make: Make, dtype: DTypeLike) -> MoE:
     """Return the mixture of one layer with leaves made by `make(shape, dtype)`."""
     m, D = config.moe, config.embed_dim
     wide = ("experts", "embed", "mlp")

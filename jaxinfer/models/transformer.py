@@ -7,7 +7,7 @@ B batch, T query tokens, S cache slots, D embed, F mlp, N query heads, K kv head
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.base import Cache, CacheKind, LayerCache
 from jaxinfer.cache.dense import Dense
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
     softcap: float | None = nnx.static(default=None, kw_only=True)
     cache: CacheKind = nnx.static(default=Dense(), kw_only=True)
 
-    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
+    def init_cache(self, batch: int, slots: int, dtype: DTypeLike) -> LayerCache:
         return self.cache.create(batch, slots, self.num_kv_heads, self.head_dim, dtype)
 
     def __call__(
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
     unembed: Linear | None = nnx.data(default=None, kw_only=True)  # None where the embedding is tied
     config: ModelConfig = nnx.static(kw_only=True)
 
-    def init_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> Cache:
+    def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
         """Return an empty cache for `batch` rows of up to `slots` tokens, in the model's dtype unless told."""
         dtype = self.embed.table.dtype if dtype is None else dtype
         layers = [layer.attention.init_cache(batch, slots, dtype) for layer in self.layers]
@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
         return y if cap is None else cap * jnp.tanh(y / cap)
 
 
-def build(config: ModelConfig, make: Make, dtype: jnp.dtype = jnp.float32) -> Transformer:
+def build(config: ModelConfig, make: Make, dtype: DTypeLike = jnp.float32) -> Transformer:
     """Return a Transformer whose every leaf is `make(shape, dtype)`; norm scales ask for float32."""
     c, D, F, N, K, H = config, config.embed_dim, config.mlp_dim, config.num_heads, config.num_kv_heads, config.head_dim
 
@@ -203,12 +203,12 @@ def build(config: ModelConfig, make: Make, dtype: jnp.dtype = jnp.float32) -> Tr
     )
 
 
-def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Transformer:
+def abstract(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Transformer:
     """Return the model's tree with shapes for leaves: no memory, whatever its size."""
     return build(config, jax.ShapeDtypeStruct, jnp.dtype(dtype))
 
 
-def random(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> Transformer:
+def random(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> Transformer:
     """Return a model with random weights: norms at one, everything else drawn at 1 / sqrt(embed_dim)."""
     keys = iter(jax.random.split(jax.random.key(seed), 16 * config.num_layers + 16))
 
