@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxinfer.checkpoint.base import Entry
 from jaxinfer.checkpoint.names import NameTable, Rule
 from jaxinfer.errors import InputError
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.tree import path_of
 
 Tree = TypeVar("Tree")
 ShardingOf = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
@@ -64,19 +65,9 @@ def assemble(
         is not finite in the leaf's dtype.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    jobs = _match([(_dotted(keys), leaf) for keys, leaf in leaves], config, entries, names, path)
+    jobs = _match([(path_of(keys), leaf) for keys, leaf in leaves], config, entries, names, path)
     arrays = _stream(jobs, path, sharding_of, progress)
-    return jax.tree.unflatten(treedef, [arrays[_dotted(keys)] for keys, _ in leaves])
-
-
-def _dotted(keys: tuple[Any, ...]) -> str:
-    def text(key: Any) -> str:
-        for field in ("name", "idx", "key"):
-            if hasattr(key, field):
-                return str(getattr(key, field))
-        raise TypeError(f"unknown kind of tree key: {key!r}")
-
-    return ".".join(text(key) for key in keys)
+    return jax.tree.unflatten(treedef, [arrays[path_of(keys)] for keys, _ in leaves])
 
 
 def _match(

@@ -54,7 +54,7 @@ def config_from_hf(config: dict[str, Any], path: Path) -> ModelConfig:
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds a JSON {type(config).__name__}, expected an object; fetch the file again")
     keys = Keys(config, path)
-    kind = keys.get("model_type")
+    kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise keys.fail("model_type", f"supported: {', '.join(FAMILIES)}")
     if config.get("quantization_config") is not None:
@@ -71,7 +71,8 @@ def _model_config(f: _Family, keys: Keys) -> ModelConfig:
     gemma, qwen3 = f.name.startswith("gemma"), f.name.startswith("qwen3")
     D = keys.integer("hidden_size")
     N = keys.integer("num_attention_heads", f.heads)
-    K = keys.integer("num_key_value_heads", f.kv_heads or N)
+    # An explicit null means as many as query heads, whatever the family's default.
+    K = keys.integer("num_key_value_heads", N if "num_key_value_heads" in keys.values else f.kv_heads or N)
     if N % K:
         raise keys.fail("num_key_value_heads", f"which does not divide num_attention_heads, {N}")
     if keys.integer("head_dim", f.head_dim) is None and D % N:
