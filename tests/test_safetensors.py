@@ -13,6 +13,7 @@ import pytest
 from jaxinfer.checkpoint.safetensors_files import INDEX, entries
 from jaxinfer.errors import InputError
 
+ROOT = Path(__file__).resolve().parent.parent
 F32 = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.full((4,), 7, np.float32)}
 
 
@@ -240,5 +241,7 @@ def test_streaming_holds_one_tensor(tmp_path):
         shards[f"shard-{i}.safetensors"] = tensors
     save_shards(tmp_path, shards)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 190e6
-    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert int(run.stdout) <= 1.5 * 16 * (1 << 20), f"peak grew by {int(run.stdout) / 1e6:.0f} MB"
