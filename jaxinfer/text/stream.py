@@ -26,7 +26,7 @@ class Detokenizer:
         self._look_at = 0  # how many tokens must be held before the next look
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take the next ids and return the text that is now final, possibly empty. InputError for a negative id."""
+        """Take the next ids and return the text that is now final, possibly empty. InputError for an impossible id."""
         self._held.extend(i for i in map(int, ids) if self._has_text(i))
         end = len(self._held)
         while end and self._held[end - 1] in self._bytes:
@@ -53,8 +53,8 @@ class Detokenizer:
         return piece
 
     def _has_text(self, i: int) -> bool:
-        if i < 0:
-            raise InputError(f"token id {i} is negative: ids count from 0")
+        if not 0 <= i < 2**32:
+            raise InputError(f"token id {i} is not between 0 and {self._backend.get_vocab_size() - 1}")
         return i not in self._skipped and self._backend.id_to_token(i) is not None
 
     def _decode(self, ids: list[int]) -> str:

@@ -17,6 +17,7 @@ from jaxinfer.errors import InputError
 from jaxinfer.text.chat import render_chat
 from jaxinfer.text.stream import Detokenizer
 
+_FIX = "save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 _ROLES = ("bos_token", "eos_token", "pad_token")
 
 
@@ -112,9 +113,8 @@ def from_huggingface(directory: str | Path) -> Tokenizer:
     directory = Path(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
-        fix = "save it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         alone = ", only a tokenizer.model, which must be converted" if (directory / "tokenizer.model").is_file() else ""
-        raise InputError(f"{directory} has no tokenizer.json{alone}: {fix}")
+        raise InputError(f"{directory} has no tokenizer.json{alone}: {_FIX}")
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as e:  # the library raises bare Exception
@@ -128,7 +128,12 @@ def from_huggingface(directory: str | Path) -> Tokenizer:
     fallback = _read_json(directory / "special_tokens_map.json")
     backend.no_truncation()  # a limit or padding left in the file is the trainer's, not the reader's
     backend.no_padding()
-    for entry in config.get("added_tokens_decoder", {}).values():
+    added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(isinstance(entry, dict) for entry in added.values()):
+        raise InputError(
+            f"{directory}/tokenizer_config.json: added_tokens_decoder must be an object of objects: {_FIX}"
+        )
+    for entry in added.values():
         _add_known(backend, entry, bool(entry.get("special")))
     tokens = {role: _content(config.get(role) or fallback.get(role)) for role in _ROLES}
     for role in _ROLES:
@@ -173,11 +178,16 @@ def _template(directory: Path, config: dict[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = {entry.get("name"): entry.get("template") for entry in template}
     if isinstance(template, dict):
         template = template.get("default", next(iter(template.values()), None))
-    return template if isinstance(template, str) else None
+    if template is not None and not isinstance(template, str):
+        raise InputError(
+            f"{directory}/tokenizer_config.json: chat_template is {template!r:.80}, "
+            "and it must be a string or a list of objects with a name and a template"
+        )
+    return template
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -186,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not JSON: {_line(e)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, not the object expected: write it again")
