@@ -5,24 +5,23 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.transformer import random
+from jaxinfer.models.transformer import abstract, build
 from jaxinfer.passes.layout import LAYOUTS
 from jaxinfer.paths import cache_dir
 
-# Four layers of a small model: large enough that its weights do not stay in a core's cache, and a second to run.
-_PROBE = ModelConfig(
-    family="probe", vocab_size=256, embed_dim=768, mlp_dim=2048, num_layers=4, num_heads=12, num_kv_heads=4,
-    head_dim=64, max_context=512,
-)  # fmt: skip
-_PROMPT, _STEPS = 256, 24  # tokens of one timed prefill, steps of one timed decode
+_WIDEST = 2048  # wider models are measured at this width: past it the best layout no longer changes
+_PROBE_BYTES = 64e6  # of bfloat16 weights: more than a processor's cache, or the memory would not be measured
+_PROMPT, _STEPS = 128, 8  # tokens of one timed prefill, steps of one timed decode
 _WORKLOAD = (512, 128)  # prompt and new tokens by whose predicted time variants are compared
 _WORTH = 1.25  # how much faster a less precise dtype must be to be chosen unasked
 _LAYOUT_CHOICES = tuple(c for n in range(len(LAYOUTS) + 1) for c in itertools.combinations(LAYOUTS, n))
@@ -30,7 +29,7 @@ _LAYOUT_CHOICES = tuple(c for n in range(len(LAYOUTS) + 1) for c in itertools.co
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One variant on the probe model: seconds a token."""
+    """One variant on the probe: seconds a token of its matrix products."""
 
     dtype: str
     layouts: tuple[str, ...]
@@ -53,21 +52,31 @@ class Choice:
 
     def describe(self) -> list[str]:
         """Return the lines of a small table: every variant's speed on the probe, the chosen one marked."""
-        lines = ["   dtype     layout                prefill tok/s  decode tok/s  (probe of 4 layers, batch 1)"]
+        if not self.measurements:
+            return [
+                f"-> {self.dtype.name:9s} {'+'.join(self.layouts):22s} not measured: the model is too small to tell"
+            ]
+        lines = [
+            "   dtype     layout                 prefill us/token  decode us/token  (matrix products of the probe)"
+        ]
         for m in self.measurements:
             mark = "->" if (m.dtype, m.layouts) == (self.dtype.name, self.layouts) else "  "
             layout = "+".join(m.layouts) or "separate"
-            lines.append(f"{mark} {m.dtype:9s} {layout:22s} {1 / m.prefill:12.0f} {1 / m.decode:13.0f}")
+            lines.append(f"{mark} {m.dtype:9s} {layout:22s} {1e6 * m.prefill:16.0f} {1e6 * m.decode:16.0f}")
         return lines
 
 
-def choose(dtype: jnp.dtype | None = None) -> Choice:
-    """Return the fastest layout on this device for `dtype`; without one, choose the dtype too.
+def choose(config: ModelConfig, dtype: jnp.dtype | None = None) -> Choice:
+    """Return the fastest weight layout on this device for a model's shapes in `dtype`; without one, choose it too.
 
     float32 is kept unless bfloat16 runs the reference workload 1.25 times as fast, so that noise does not decide
-    over precision. float16 takes bfloat16's layout.
+    over precision. float16 takes bfloat16's layout. A model that fits a processor's cache is not measured: it is
+    float32 and fused.
     """
-    measurements = measure()
+    probe = _probe_config(config)
+    if probe.num_layers > config.num_layers:
+        return Choice(jnp.dtype(jnp.float32 if dtype is None else dtype), ("fused",), ())
+    measurements = measure(probe)
     fastest = {
         d: min((m for m in measurements if m.dtype == d), key=lambda m: m.workload) for d in ("float32", "bfloat16")
     }
@@ -78,16 +87,35 @@ def choose(dtype: jnp.dtype | None = None) -> Choice:
     return Choice(jnp.dtype(dtype), best.layouts, measurements)
 
 
+def _probe_config(config: ModelConfig) -> ModelConfig:
+    """Return a model with the layer shapes of `config`, narrowed if it is wide, and only so many layers."""
+    shrink = max(1.0, config.embed_dim / _WIDEST)
+    kv_heads = max(1, round(config.num_kv_heads / shrink))
+    small = ModelConfig(
+        family="probe",
+        vocab_size=16,
+        embed_dim=round(config.embed_dim / shrink),
+        mlp_dim=round(config.mlp_dim / shrink),
+        num_layers=1,
+        num_heads=kv_heads * (config.num_heads // config.num_kv_heads),
+        num_kv_heads=kv_heads,
+        head_dim=config.head_dim,
+        max_context=_PROMPT,
+    )
+    layer = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(small).layers))
+    return dataclasses.replace(small, num_layers=max(1, math.ceil(_PROBE_BYTES / 2 / layer)))
+
+
 @functools.cache
-def measure() -> tuple[Measurement, ...]:
-    """Return the measurements of this device, from the cache directory if they were made before."""
-    path = cache_dir() / f"device-{_fingerprint()}.json"
+def measure(probe: ModelConfig) -> tuple[Measurement, ...]:
+    """Return the measurements of `probe` on this device, from the cache directory if they were made before."""
+    path = cache_dir() / f"device-{_fingerprint(probe)}.json"
     try:
         rows = json.loads(path.read_text())
         return tuple(Measurement(**{**row, "layouts": tuple(row["layouts"])}) for row in rows)
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not there, or not readable: measure
-    measurements = _measure()
+    measurements = _measure(probe)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
@@ -98,20 +126,22 @@ def measure() -> tuple[Measurement, ...]:
     return measurements
 
 
-def _measure() -> tuple[Measurement, ...]:
-    runs = {}
+def _measure(probe: ModelConfig) -> tuple[Measurement, ...]:
+    print("measuring which weight layout this device runs fastest, once ...", file=sys.stderr, flush=True)
+    variants = {}
     for dtype in ("float32", "bfloat16"):
         for layouts in _LAYOUT_CHOICES:
-            model = random(_PROBE, dtype=jnp.dtype(dtype))
+            model = build(probe, lambda shape, dtype: jnp.full(shape, 0.01, dtype), jnp.dtype(dtype))
             for layout in layouts:
                 model = LAYOUTS[layout](model)
-            runs[dtype, layouts] = model
-    times = {key: ([], []) for key in runs}
+            variants[dtype, layouts] = model
+    times = {key: ([], []) for key in variants}
     for round_ in range(4):  # alternating, so that a busy moment does not fall on one variant
-        for key, model in runs.items():
-            for kind, fn in enumerate((_prefill, _decode)):
+        for key, model in variants.items():
+            for kind, (rows, steps) in enumerate(((_PROMPT, 1), (1, _STEPS))):
+                x = jnp.ones((1, rows, probe.embed_dim), key[0])
                 begin = time.perf_counter()
-                fn(model).block_until_ready()
+                _products(model.layers, x, steps).block_until_ready()
                 if round_:  # the first round compiles
                     times[key][kind].append(time.perf_counter() - begin)
     return tuple(
@@ -120,26 +150,24 @@ def _measure() -> tuple[Measurement, ...]:
     )
 
 
-@jax.jit
-def _prefill(model):
-    return model(jnp.ones((1, _PROMPT), jnp.int32), model.init_cache(1, _PROMPT))[0]
+@functools.partial(jax.jit, static_argnums=2)
+def _products(layers, x, steps):
+    """Run every matrix product of the layers `steps` times, each on the result of the one before, and little else."""
+
+    def step(_, x):
+        for block in layers:
+            q, k, v = block.attention.qkv(x)
+            x = jnp.tanh(x + block.attention.o(q) + (k + v).mean())
+            x = jnp.tanh(x + block.mlp(x))
+        return x
+
+    return jax.lax.fori_loop(0, steps, step, x)
 
 
-@jax.jit
-def _decode(model):
-    def step(_, carry):
-        x, cache = carry
-        hidden, cache = model(x, cache)
-        return (hidden[..., 0] > 0).astype(jnp.int32), cache
-
-    x = jnp.ones((1, 1), jnp.int32)
-    return jax.lax.fori_loop(0, _STEPS, step, (x, model.init_cache(1, 128)))[0]
-
-
-def _fingerprint() -> str:
-    """Return a key for what the measurement depends on: device, cores, JAX, and this file's probe."""
+def _fingerprint(probe: ModelConfig) -> str:
+    """Return a key for what the measurement depends on: device, cores, JAX, and the probe."""
     parts = (
-        jax.devices()[0].device_kind, _processor(), os.cpu_count(), jax.__version__, _PROBE, _LAYOUT_CHOICES,
+        jax.devices()[0].device_kind, _processor(), os.cpu_count(), jax.__version__, probe, _LAYOUT_CHOICES,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

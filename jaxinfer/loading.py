@@ -38,7 +38,7 @@ def load(name_or_path: str | os.PathLike, dtype: DTypeLike | None = None, progre
     if orbax.is_saved(path):
         return _restore(path, dtype)
     source = open_source(path)
-    choice = device.choose(dtype)
+    choice = device.choose(source.config, dtype)
     model = assemble(
         abstract(source.config, choice.dtype), source.config, source.entries, source.names, path=path, progress=progress
     )
