@@ -72,8 +72,8 @@ def choose(config: ModelConfig, dtype: jnp.dtype | None = None) -> Choice:
     """Return the fastest weight layout on this device for a model's shapes in `dtype`; without one, choose it too.
 
     float32 is kept unless bfloat16 is 1.25 times as fast on the reference workload, and the fused layout unless
-    another is 1.1 times as fast. float16 takes bfloat16's layout. A model that fits a processor's cache is not measured: it is
-    float32 and fused.
+    another is 1.1 times as fast. float16 takes bfloat16's layout. A model that fits a processor's cache
+    is not measured: it is float32 and fused.
     """
     probe = _probe_config(config)
     if probe.num_layers > config.num_layers:
