@@ -28,7 +28,7 @@ class Source:
     path: Path
     config: ModelConfig
     entries: Mapping[str, Entry]
-    names: "NameTable"  # noqa: F821 - how stored names map to the model's paths, see names.py
+    names: NameTable  # how stored names map to the model's paths
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]  # tokens that end a generation
     sampling: Mapping[str, float]  # the checkpoint's recommended sampling: temperature, top_k, top_p, ...

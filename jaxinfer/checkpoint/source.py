@@ -34,7 +34,7 @@ def _open_hf(path: Path) -> Source:
     directory = path if path.is_dir() else path.parent
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} has no config.json: it comes with the checkpoint and says what the model is")
-    config = hf_config.config_from_hf(read_json(directory / "config.json"), directory)
+    config = hf_config.config_from_hf(read_json(directory / "config.json"), directory / "config.json")
     stop_ids, sampling = hf_config.generation_defaults(directory)
     # Models without a tokenizer are useful (token ids in, logits out); one that is there and broken is an error.
     has_tokenizer = any(
