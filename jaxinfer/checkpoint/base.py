@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxinfer.checkpoint.names import NameTable
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.text.tokenizer import Tokenizer
 
