@@ -1,0 +1,92 @@
+"""The options that commands share: which model, and how tokens are drawn."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.errors import InputError
+
+_SAMPLING = {
+    "temperature": (float, "randomness; 0 takes the most likely token"),
+    "top_k": (int, "draw from the K most likely tokens; 0 is off"),
+    "top_p": (float, "draw from the most likely tokens of this total probability; 1 is off"),
+    "min_p": (float, "drop tokens less likely than this times the most likely; 0 is off"),
+    "repetition_penalty": (float, "above 1 makes tokens that occurred already less likely"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generating:
+    """How to generate: the `generate` part of a config, after flags."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: tuple[str, ...]
+
+    def sampling(self):
+        """Return the options as `Sampling`. Raises InputError where one is out of its range."""
+        from jaxinfer.decode.sampling import Sampling
+
+        return Sampling.of(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --config and --dtype."""
+    parser.add_argument("--model", metavar="M", help="name, path or hub repository (default: smollm2-135m)")
+    parser.add_argument("--config", metavar="FILE", help="Python file with get_config(), or FILE:ARGUMENT")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what this device runs fastest)")
+
+
+def add_generating(parser: argparse.ArgumentParser) -> None:
+    """Add --max-new-tokens, the sampling options, --seed and --stop."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens")
+    for name, (kind, what) in _SAMPLING.items():
+        parser.add_argument(_flag(name), type=kind, metavar="X" if kind is float else "K", help=what)
+    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+
+def read_config(args: argparse.Namespace):
+    """Return the config: the defaults, then --config, then the flags of `add_model`."""
+    from jaxinfer import configuration
+
+    config = configuration.read_config(args.config) if args.config else configuration.defaults()
+    if args.model is not None:
+        config.model, config.architecture = args.model, {}
+    if args.dtype is not None:
+        config.dtype = args.dtype
+    return configuration.check(config)
+
+
+def load(config, progress: bool = False):
+    """Return the program of `config`, with a progress bar where one is wanted."""
+    from jaxinfer import configuration
+
+    return configuration.from_config(config, progress=progress)
+
+
+def generating(args: argparse.Namespace, config, recommended: Mapping[str, Any] | None = None) -> Generating:
+    """Return the options of `add_generating`: flags win over --config, which wins over `recommended`."""
+    options = config.generate.to_dict()
+    if not args.config:
+        options |= recommended or {}
+    for name in options:
+        given = getattr(args, name, None)
+        if given is not None:
+            options[name] = given
+    result = Generating(**{**options, "stop": tuple(options["stop"])})
+    if result.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={result.max_new_tokens}: must be 1 or more")
+    if not all(result.stop):
+        raise InputError("stop='': must be text that is not empty")
+    return result
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,90 @@
+"""What a generation cost: tokens counted as they come, and clocks that leave out compilation."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from jaxinfer.session import Rows, Session
+
+_BEGAN = time.time()
+_compiling = 0.0
+
+
+def _listen(event: str, seconds: float, **_: object) -> None:
+    global _compiling
+    # Tracing, lowering and compiling, or reading the compiled program back from the cache on disk.
+    if event.startswith("/jax/core/compile/"):
+        _compiling += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def process_age() -> float:
+    """Return the seconds since this process started (where the system doesn't tell, since this file was imported)."""
+    try:
+        with open("/proc/self/stat") as f:
+            ticks = int(f.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime") as f:
+            return float(f.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time() - _BEGAN
+
+
+class Tally:
+    """A session that counts: what `decode_text` runs on, with each row's tokens and the moments they came."""
+
+    def __init__(self, session: Session):
+        self.program = session.program
+        self.tokens = [0] * len(session.rows)  # emitted so far, stop tokens included
+        self.ended = [False] * len(session.rows)  # by a stop token or a stop string, not by running out of room
+        self.first_seconds = 0.0  # from construction to the first token
+        self.first_age = 0.0  # from the start of the process to the first token
+        self.compile_seconds = 0.0  # spent compiling by the first token
+        self.decode_seconds = 0.0  # from the first token to the last, without compilation
+        self._session = session
+        self._begin, self._compiled = time.perf_counter(), _compiling
+
+    @property
+    def rows(self) -> Rows:
+        """The session's rows."""
+        return self._session.rows
+
+    def feed(self, rows: Sequence[Sequence[int]], room: int) -> int:
+        """Feed the session; return how many tokens were computed."""
+        return self._session.feed(rows, room=room)
+
+    def decode(self, *args, **options) -> Iterator[Rows]:
+        """Decode with the session and count what it yields."""
+        stops = set(self.program.stop_ids)
+        for dispatch, new in enumerate(self._session.decode(*args, **options)):
+            now, compiled = time.perf_counter(), _compiling
+            if dispatch == 0:
+                first, first_compiled = now, compiled
+                self.first_seconds, self.first_age = now - self._begin, process_age()
+                self.compile_seconds = min(compiled - self._compiled, self.first_seconds)
+            self.decode_seconds = max(now - first - (compiled - first_compiled), 0.0)
+            for b, row in enumerate(new):
+                self.tokens[b] += len(row)
+                self.ended[b] |= bool(row) and row[-1] in stops
+            yield new
+
+    def end(self, rows: Sequence[int]) -> None:
+        """End rows early: a stop string was found."""
+        for b in rows:
+            self.ended[b] = True
+        self._session.end(rows)
+
+    def summary(self, prompt_tokens: int) -> str:
+        """Return one line: what the prompt and the answer took. Rates leave compilation out."""
+        prefill = max(self.first_seconds - self.compile_seconds, 1e-9)
+        text = (
+            f"prompt {prompt_tokens} tokens, prefill {prompt_tokens / prefill:.1f} tok/s; first token "
+            f"{self.first_seconds:.2f} s after the request ({self.compile_seconds:.2f} s of it compiling), "
+            f"{self.first_age:.2f} s after process start; {self.tokens[0]} new tokens"
+        )
+        if self.tokens[0] > 1 and self.decode_seconds:
+            text += f", decode {(self.tokens[0] - 1) / self.decode_seconds:.1f} tok/s"
+        return text
