@@ -1,0 +1,40 @@
+"""How every test runs: on the CPU, with a compile cache that outlives the run, and the programs that tests share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxinfer-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import hypothesis
+import pytest
+from data import data_dir
+from models import load_directory, random_program, tiny_config, tiny_moe
+
+from jaxinfer.program import Program
+
+hypothesis.settings.register_profile("jaxinfer", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("jaxinfer")
+
+
+@pytest.fixture(scope="session")
+def stories() -> Program:
+    """Return stories260K: a real trained Llama, small enough to have meaning and a second to run."""
+    data = data_dir()
+    if data is None or not (data / "models" / "stories260K").is_dir():
+        pytest.skip("no models/stories260K in the data folder: set JAXINFER_DATA to the folder that has it")
+    return load_directory(data / "models" / "stories260K")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Program:
+    """Return a random program of two layers with a window in one, and no tokenizer."""
+    return random_program(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_experts() -> Program:
+    """Return a random program with a mixture of experts in its second layer."""
+    return random_program(tiny_config(moe=tiny_moe()))
