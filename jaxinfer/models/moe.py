@@ -36,7 +36,7 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         B, T, D = x.shape
         weights, experts = self.route(x)  # B*T k
-        k, E = self.experts_per_token, self.router.kernel.shape[-1]
+        k, E = self.experts_per_token, self.gate.kernel.shape[0]
         order = jnp.argsort(experts.reshape(-1), stable=True)  # rows of one expert become neighbours
         rows = x.reshape(B * T, D)[order // k]
         group_sizes = jnp.bincount(experts.reshape(-1), length=E).astype(jnp.int32)
@@ -47,7 +47,7 @@ class MoE(nnx.Module):
 
     def route(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
         """Return each token's k routing weights and experts; softmax in float32 over all experts, then top-k."""
-        scores = self.router(x).astype(jnp.float32).reshape(-1, self.router.kernel.shape[-1])
+        scores = self.router(x).astype(jnp.float32).reshape(-1, self.gate.kernel.shape[0])
         weights, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), self.experts_per_token)
         if self.normalize_weights:
             weights = weights / weights.sum(axis=-1, keepdims=True)
