@@ -1,6 +1,7 @@
 """Efficient inference of large language models in JAX: stackable passes, measured honestly."""
 
 from jaxinfer.errors import InputError as InputError
+from jaxinfer.eval.perplexity import perplexity as perplexity
 from jaxinfer.generate import Generation as Generation
 from jaxinfer.generate import generate as generate
 from jaxinfer.generate import generate_text as generate_text

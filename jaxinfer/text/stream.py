@@ -1,6 +1,7 @@
 """Text that is shown while its tokens are still being generated."""
 
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 import tokenizers
 
@@ -25,7 +26,7 @@ class Detokenizer:
         self._held: list[int] = []  # tokens whose text is not
         self._look_at = 0  # how many tokens must be held before the next look
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Iterable[SupportsIndex]) -> str:
         """Take the next ids and return the text that is now final, possibly empty. InputError for an impossible id."""
         self._held.extend(i for i in map(int, ids) if self._has_text(i))
         end = len(self._held)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import tokenizers
 from tokenizers import processors
@@ -53,7 +53,7 @@ class Tokenizer:
                 "decode its bytes with errors='replace'"
             ) from None
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         """Return the text of `ids`, without special tokens unless `skip_special` is false.
 
         Ids past the vocabulary (a model's embedding may be padded) have no text. Raises InputError for a negative id.
