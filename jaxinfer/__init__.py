@@ -1,16 +1,46 @@
 """Efficient inference of large language models in JAX: stackable passes, measured honestly."""
 
-from jaxinfer.errors import InputError as InputError
-from jaxinfer.eval.perplexity import perplexity as perplexity
-from jaxinfer.generate import Generation as Generation
-from jaxinfer.generate import generate as generate
-from jaxinfer.generate import generate_text as generate_text
-from jaxinfer.generate import logits as logits
-from jaxinfer.generate import stream_text as stream_text
-from jaxinfer.loading import load as load
-from jaxinfer.loading import save as save
-from jaxinfer.program import Program as Program
-from jaxinfer.program import chain as chain
-from jaxinfer.session import Session as Session
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxinfer.errors import InputError
+    from jaxinfer.eval.perplexity import perplexity
+    from jaxinfer.generation import Generation, generate, generate_text, logits, stream_text
+    from jaxinfer.loading import load, save
+    from jaxinfer.program import Program, chain
+    from jaxinfer.session import Session
 
 __version__ = "0.1.0"
+
+# Imported when first used, so that `jaxinfer --help` does not wait for JAX.
+_HOME = {
+    "InputError": "errors",
+    "perplexity": "eval.perplexity",
+    "Generation": "generation",
+    "generate": "generation",
+    "generate_text": "generation",
+    "logits": "generation",
+    "stream_text": "generation",
+    "load": "loading",
+    "save": "loading",
+    "Program": "program",
+    "chain": "program",
+    "Session": "session",
+}
+__all__ = [  # noqa: RUF022 - in the order of use
+    "load", "save", "generate_text", "stream_text", "generate", "Generation", "logits", "perplexity",
+    "Program", "chain", "Session", "InputError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"jaxinfer.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

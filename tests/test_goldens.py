@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from models import GOLDENS, load_model
 
-from jaxinfer.generate import generate, logits
+from jaxinfer.generation import generate, logits
 from jaxinfer.program import Program
 
 CASES = sorted(folder.name for folder in GOLDENS.iterdir() if (folder / "expected.npz").exists())

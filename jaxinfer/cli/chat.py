@@ -50,7 +50,7 @@ class Conversation:
     """Messages, and the session whose cache holds them."""
 
     def __init__(self, program, system: str | None, generating: options.Generating):
-        from jaxinfer.generate import tokenizer_of
+        from jaxinfer.generation import tokenizer_of
         from jaxinfer.session import Session
 
         self.program, self.generating, self.sampling = program, generating, generating.sampling()
@@ -72,7 +72,7 @@ class Conversation:
         Raises:
             InputError: the conversation is longer than the context; `text` is then not part of it.
         """
-        from jaxinfer.generate import decode_text, stream_steps
+        from jaxinfer.generation import decode_text, stream_steps
 
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.tokenizer.encode(self.tokenizer.apply_chat(messages), add_special=False)

@@ -9,6 +9,7 @@ score is written as it comes, and a second run computes only what is missing.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         "dtype": journal.dtype_of(program),
         "device": jax.devices()[0].device_kind,
         "seconds": round(seconds, 3),
+        "tokens_per_second": round(report["tokens_computed"] / seconds, 1),
         "resumed": resumed,
     }
     print(json.dumps(_finite(report)) if args.json else _table(report))
@@ -91,7 +93,7 @@ def _read(args: argparse.Namespace) -> Any:
 
 def _measure(args: argparse.Namespace, program, data: Any, book) -> dict[str, Any]:
     from jaxinfer.eval import perplexity, tasks
-    from jaxinfer.generate import tokenizer_of
+    from jaxinfer.generation import tokenizer_of
 
     shared = {"batch_size": args.batch_size, "progress": sys.stderr.isatty(), "journal": book}
     if args.task == "perplexity":
@@ -102,9 +104,10 @@ def _measure(args: argparse.Namespace, program, data: Any, book) -> dict[str, An
             "n": result.tokens_scored,
             "metrics": {"perplexity": result.value},
             "stderr": {"perplexity": result.stderr},
+            "tokens_computed": result.tokens_computed,
         }
     result = getattr(tasks, args.task)(program, data, args.limit, **shared)
-    return {"task": result.task, "n": result.n, "metrics": result.metrics, "stderr": result.stderr}
+    return dataclasses.asdict(result)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -113,7 +116,8 @@ def _table(report: dict[str, Any]) -> str:
     lines += [f"  {'metric':12s} {'value':>10s} {'stderr':>10s}"]
     lines += [f"  {k:12s} {value:10.4f} {report['stderr'][k]:10.4f}" for k, value in report["metrics"].items()]
     rest = f", {report['resumed']} items taken from --out" if report["resumed"] else ""
-    return "\n".join([*lines, f"  {report['n']} {of} scored in {report['seconds']:.1f} s{rest}"])
+    speed = f"{report['seconds']:.1f} s, {report['tokens_per_second']:.0f} tokens/s"
+    return "\n".join([*lines, f"  {report['n']} {of} scored in {speed}{rest}"])
 
 
 def _finite(value: Any) -> Any:

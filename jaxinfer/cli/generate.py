@@ -54,11 +54,10 @@ def _one(args, config, generating: options.Generating, sampling) -> None:
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
     from jaxinfer.cli.timing import Tally
-    from jaxinfer.generate import decode_text, stream_steps
-    from jaxinfer.session import Session
+    from jaxinfer.generation import decode_text, stream_steps
 
     program = options.load(config, progress=sys.stderr.isatty())
-    tally = Tally(Session(program))
+    tally = Tally(program)
     ids = _encode(program, prompt, args.chat)
     if not ids:
         raise InputError("the prompt has no tokens: give at least one character that the tokenizer knows")
@@ -120,11 +119,10 @@ def _many(args, config, generating: options.Generating, sampling) -> None:
 def _answer(program, prompts, indices, batch_size: int, generating: options.Generating, sampling) -> list[dict]:
     """Return text, tokens and finish of each prompt; empty rows fill the batch, so that one shape is compiled."""
     from jaxinfer.cli.timing import Tally
-    from jaxinfer.generate import decode_text
-    from jaxinfer.session import Session
+    from jaxinfer.generation import decode_text
 
     empty = batch_size - len(prompts)
-    tally = Tally(Session(program, batch_size))
+    tally = Tally(program, batch_size)
     tally.feed([*prompts, *[[]] * empty], room=generating.max_new_tokens)
     text = [""] * batch_size
     for pieces in decode_text(
@@ -143,7 +141,7 @@ def _answer(program, prompts, indices, batch_size: int, generating: options.Gene
 
 
 def _encode(program, prompt: str, chat: bool) -> list[int]:
-    from jaxinfer.generate import tokenizer_of
+    from jaxinfer.generation import tokenizer_of
 
     tokenizer = tokenizer_of(program)
     if not chat:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
+from jaxinfer.program import Program
 from jaxinfer.session import Rows, Session
 
 _BEGAN = time.time()
@@ -33,33 +34,23 @@ def process_age() -> float:
         return time.time() - _BEGAN
 
 
-class Tally:
-    """A session that counts: what `decode_text` runs on, with each row's tokens and the moments they came."""
+class Tally(Session):
+    """A session that counts each row's tokens, and notes when they came."""
 
-    def __init__(self, session: Session):
-        self.program = session.program
-        self.tokens = [0] * len(session.rows)  # emitted so far, stop tokens included
-        self.ended = [False] * len(session.rows)  # by a stop token or a stop string, not by running out of room
+    def __init__(self, program: Program, batch: int = 1):
+        super().__init__(program, batch)
+        self.tokens = [0] * batch  # emitted so far, stop tokens included
+        self.ended = [False] * batch  # by a stop token or a stop string, not by running out of room
         self.first_seconds = 0.0  # from construction to the first token
         self.first_age = 0.0  # from the start of the process to the first token
         self.compile_seconds = 0.0  # spent compiling by the first token
         self.decode_seconds = 0.0  # from the first token to the last, without compilation
-        self._session = session
         self._begin, self._compiled = time.perf_counter(), _compiling
 
-    @property
-    def rows(self) -> Rows:
-        """The session's rows."""
-        return self._session.rows
-
-    def feed(self, rows: Sequence[Sequence[int]], room: int) -> int:
-        """Feed the session; return how many tokens were computed."""
-        return self._session.feed(rows, room=room)
-
     def decode(self, *args, **options) -> Iterator[Rows]:
-        """Decode with the session and count what it yields."""
+        """Decode as a session does, and count what it yields."""
         stops = set(self.program.stop_ids)
-        for dispatch, new in enumerate(self._session.decode(*args, **options)):
+        for dispatch, new in enumerate(super().decode(*args, **options)):
             now, compiled = time.perf_counter(), _compiling
             if dispatch == 0:
                 first, first_compiled = now, compiled
@@ -75,7 +66,7 @@ class Tally:
         """End rows early: a stop string was found."""
         for b in rows:
             self.ended[b] = True
-        self._session.end(rows)
+        super().end(rows)
 
     def summary(self, prompt_tokens: int) -> str:
         """Return one line: what the prompt and the answer took. Rates leave compilation out."""

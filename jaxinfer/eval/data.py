@@ -47,8 +47,8 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def field(row: dict[str, Any], key: str, kind: type, what: str) -> Any:
-    """Return `row[key]`, which must be of type `kind`; `what` says in the error what it should be."""
+def field(row: dict[str, Any], key: str, kind: type | tuple[type, ...], what: str) -> Any:
+    """Return `row[key]`, which must be of a type in `kind`; `what` says in the error what it should be."""
     if key not in row:
         keys = ", ".join(map(repr, row)) or "none"
         raise InputError(f"has no key {key!r}, its keys are {keys}; {key!r} must be {what}")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from jaxinfer.errors import InputError
 from jaxinfer.eval.journal import Journal
 from jaxinfer.eval.scoring import score_items
-from jaxinfer.generate import tokenizer_of
+from jaxinfer.generation import tokenizer_of
 from jaxinfer.program import Program
 
 Tokens = Sequence[int] | Int[np.ndarray, "n"] | Int[Array, "n"]
@@ -25,6 +25,7 @@ class Perplexity:
     nats: float
     tokens_scored: int
     windows: int
+    tokens_computed: int  # that went through the model now; the rest was in the journal
 
 
 def perplexity(
@@ -60,7 +61,7 @@ def score_text(
         raise InputError(f"a text of {len(tokens)} tokens: perplexity needs 2 or more, the first is only context")
     windows = [tokens[i : i + window] for i in range(0, len(tokens), window)]
     windows = [w for w in windows if len(w) > 1]  # a single last token has nothing to be scored from
-    records = score_items(
+    records, computed = score_items(
         program,
         [[(w[:1], w[1:])] for w in windows],
         lambda i, scores: {"nats": -scores[0].logprob, "tokens": len(windows[i]) - 1},
@@ -74,4 +75,4 @@ def score_text(
     # Standard error of a ratio of sums: windows are the independent draws, tokens in a window are not.
     spread = ((nats - mean * counts) ** 2).sum() * n / (n - 1) if n > 1 else math.nan
     value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, value * math.sqrt(spread) / float(counts.sum()), mean, int(counts.sum()), n)
+    return Perplexity(value, value * math.sqrt(spread) / float(counts.sum()), mean, int(counts.sum()), n, computed)

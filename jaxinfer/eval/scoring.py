@@ -67,8 +67,11 @@ def score_items(
     batch_size: int = 8,
     progress: bool = False,
     journal: Journal | None = None,
-) -> list[dict[str, Any]]:
-    """Return `judge(item index, its pairs' scores)` of every item; items that `journal` has are not computed again."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Return `judge(item index, its pairs' scores)` of every item, and how many tokens the model was fed.
+
+    Items that `journal` has are not computed again; the others are added to it.
+    """
     done = {} if journal is None else {i: journal.done[i] for i in range(len(items)) if i in journal.done}
     owner = [(i, k) for i, pairs in enumerate(items) if i not in done for k in range(len(pairs))]
     pairs = [items[i][k] for i, k in owner]
@@ -82,7 +85,8 @@ def score_items(
             del waiting[i]
             if journal is not None:
                 journal.append(i, done[i])
-    return [done[i] for i in range(len(items))]
+    tokens = sum(min(len(context) + len(more) - 1, program.config.max_context) for context, more in pairs)
+    return [done[i] for i in range(len(items))], tokens
 
 
 def _row(program: Program, index: int, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int]:

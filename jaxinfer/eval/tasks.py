@@ -10,7 +10,7 @@ from jaxinfer.errors import InputError
 from jaxinfer.eval.data import field
 from jaxinfer.eval.journal import Journal
 from jaxinfer.eval.scoring import Pair, Score, score_items
-from jaxinfer.generate import tokenizer_of
+from jaxinfer.generation import tokenizer_of
 from jaxinfer.program import Program
 from jaxinfer.text.tokenizer import Tokenizer
 
@@ -25,6 +25,7 @@ class Result:
     n: int
     metrics: dict[str, float]
     stderr: dict[str, float]
+    tokens_computed: int  # that went through the model now; the rest was in the journal
 
 
 def hellaswag(
@@ -48,10 +49,10 @@ def hellaswag(
         return {**right, "label": label, "logprobs": logprobs}
 
     items = [[encode_pair(tokenizer, ctx, " " + ending) for ending in endings] for ctx, endings, _ in questions]
-    records = score_items(program, items, judge, batch_size=batch_size, progress=progress, journal=journal)
+    records, computed = score_items(program, items, judge, batch_size=batch_size, progress=progress, journal=journal)
     means = {key: _mean([float(record[key]) for record in records]) for key in ("acc", "acc_norm")}
     metrics, stderr = ({key: pair[k] for key, pair in means.items()} for k in (0, 1))
-    return Result("hellaswag", len(records), metrics, stderr)
+    return Result("hellaswag", len(records), metrics, stderr, computed)
 
 
 def lambada(
@@ -66,7 +67,7 @@ def lambada(
     """Tell the last word of a passage: `acc` is how often greedy decoding says it, `perplexity` is the word's."""
     questions = [_of_row(i, lambada_question, row) for i, row in enumerate(rows[:limit])]
     tokenizer = tokenizer_of(program)
-    records = score_items(
+    records, computed = score_items(
         program,
         [[encode_pair(tokenizer, context, " " + word)] for context, word in questions],
         lambda _, scores: {"acc": scores[0].greedy, "logprob": scores[0].logprob},
@@ -82,6 +83,7 @@ def lambada(
         len(records),
         {"acc": acc, "perplexity": value},
         {"acc": acc_error, "perplexity": value * nats_error},  # to first order
+        computed,
     )
 
 
