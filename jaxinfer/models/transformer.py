@@ -107,6 +107,12 @@ class Block(nnx.Module):
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), cache
 
 
+@jax.jit
+def _run_block(block: nnx.Module, x: Array, positions: Array, cache: LayerCache, start: Array, counts: Array):
+    """Call the block; under jit, so that layers of one kind are traced and lowered once and not once each."""
+    return block(x, positions, cache, start, counts)
+
+
 @nnx.dataclass
 class Transformer(nnx.Module):
     """Tokens and a cache in, hidden states and the longer cache out; `logits` turns hidden states into scores."""
@@ -137,7 +143,7 @@ class Transformer(nnx.Module):
         x = self.embed(tokens)
         layers = []
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = block(x, positions, layer_cache, cache.length, counts)
+            x, layer_cache = _run_block(block, x, positions, layer_cache, cache.length, counts)
             layers.append(layer_cache)
         return self.final_norm(x), Cache(length=cache.length + counts, layers=layers)
 
