@@ -64,8 +64,8 @@ def _attend_block(q, k, v, positions, scale, window, softcap):
 
     if len(sizes) == 1:
         return read(sizes[0])(q, k, v, positions, first)
-    index = jnp.searchsorted(jnp.asarray(sizes), last + 1 - first)  # the first size >= the slots in sight
-    index = jnp.minimum(index, len(sizes) - 1)
+    in_sight = last + 1 - first
+    index = sum((in_sight > size).astype(jnp.int32) for size in sizes[:-1])  # the first size that covers them
     return jax.lax.switch(index, [read(s) for s in sizes], q, k, v, positions, first)
 
 
