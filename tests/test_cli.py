@@ -1,13 +1,18 @@
 """The command line: one prompt, info, and what a mistake gets."""
 
+import gc
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from command import TINY, caller, process, stories_path
+from command import ROOT, TINY, caller, process, stories_path
 
 import jaxinfer as ji
-from jaxinfer.cli import main
+from jaxinfer.cli import interrupt, main
 
 PROMPT = "Once upon a time"
 
@@ -140,6 +145,40 @@ def test_help_and_version(cli, capsys):
         with pytest.raises(SystemExit) as e:
             main(argv)
         assert e.value.code == 0 and words in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys; from jaxinfer.cli import _parser; _parser(); sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_ctrl_c_ends_a_process_with_130_and_one_line():
+    child = process("generate", "-", "--config", TINY, stdin=subprocess.PIPE)
+    time.sleep(2)  # it waits for its prompt
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (130, "", "jaxinfer: interrupted\n")
+
+
+def test_ctrl_c_in_a_garbage_collection_is_not_lost():
+    pressed = []
+
+    def callback(*_):
+        if not pressed:
+            pressed.append(signal.raise_signal(signal.SIGINT))
+
+    before = signal.signal(signal.SIGINT, interrupt.deliver)
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gc.collect()
+            time.sleep(10)
+    finally:
+        gc.callbacks.remove(callback)
+        signal.signal(signal.SIGINT, before)
+    error = RuntimeError("torn")
+    error.__context__ = KeyboardInterrupt()
+    assert interrupt.behind(error) and not interrupt.behind(RuntimeError())
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -3,12 +3,15 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from typing import NoReturn
 
-from jaxinfer.cli import chat, evaluate, generate, info
+import jaxinfer
+from jaxinfer.cli import chat, evaluate, generate, info, interrupt
 from jaxinfer.errors import InputError
 
+_INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 _EPILOG = "jaxinfer COMMAND --help tells a command's options"
 
 
@@ -19,21 +22,24 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib import metadata
-
-        try:
-            version = metadata.version("jaxinfer")
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            version = "(not installed)"
-        print(f"jaxinfer {version}")
-        parser.exit()
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for bad input, 1 for a bug, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Run one command and return the exit status: 0, 2 for bad input, 1 for a bug, 130 after Ctrl-C.
+
+    Without `argv` the command is this process's own, from its command line.
+    """
+    if argv is not None:
+        return _run(list(argv))
+    signal.signal(signal.SIGINT, interrupt.deliver)
+    status = _run(sys.argv[1:])
+    if status == _INTERRUPTED:
+        # A computation may still be running, and Python's teardown under it crashes: leave without one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(argv: list[str]) -> int:
     debug = "--debug" in argv[: argv.index("--") if "--" in argv else None]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -49,8 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         print("jaxinfer: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except Exception as e:
+        if interrupt.behind(e):
+            print("jaxinfer: interrupted", file=sys.stderr)
+            return _INTERRUPTED
         if debug:
             raise
         print(f"jaxinfer: error: {_line(e)}", file=sys.stderr)
@@ -72,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
     parser = _Parser(prog="jaxinfer", epilog=_EPILOG, parents=[shared], allow_abbrev=False)
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"jaxinfer {jaxinfer.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, module in (("generate", generate), ("chat", chat), ("eval", evaluate), ("info", info)):
         summary = module.__doc__.splitlines()[0]

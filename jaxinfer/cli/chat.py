@@ -6,12 +6,11 @@ Without sampling options or --config, tokens are drawn as the checkpoint recomme
 
 import argparse
 import contextlib
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 
 from jaxinfer.cli import options
+from jaxinfer.cli.interrupt import Interrupt
 from jaxinfer.errors import InputError
 
 _ANSWER = 512  # new tokens an answer may take unless told
@@ -23,27 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     options.add_generating(parser)
-
-
-class Interrupt:
-    """While entered, Ctrl-C sets `pressed` and raises nothing, so that no computation is torn in the middle."""
-
-    def __init__(self):
-        self.pressed = False
-
-    def __enter__(self) -> "Interrupt":
-        self.pressed = False
-        self._main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-        if self._main:
-            self._old = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._old)
-
-    def _press(self, *_: object) -> None:
-        self.pressed = True
 
 
 class Conversation:

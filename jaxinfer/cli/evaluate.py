@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
     import jax
 
+    from jaxinfer.cli.timing import compile_seconds
     from jaxinfer.eval import journal
 
     program = options.load(config, progress=sys.stderr.isatty())
@@ -62,16 +63,17 @@ def run(args: argparse.Namespace) -> None:
             run = {"task": how, "data": data, "model": journal.fingerprint(program)}
             book = stack.enter_context(journal.Journal(args.out, **run))
         resumed = len(book.done) if book else 0
-        begin = time.perf_counter()
+        begin, compiled = time.perf_counter(), compile_seconds()
         report = _measure(args, program, data, book)
-        seconds = time.perf_counter() - begin
+        seconds, compiling = time.perf_counter() - begin, compile_seconds() - compiled
     report |= {
         "data": args.data,
         "model": program.name,
         "dtype": journal.dtype_of(program),
         "device": jax.devices()[0].device_kind,
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(report["tokens_computed"] / seconds, 1),
+        "compile_seconds": round(compiling, 3),
+        "tokens_per_second": round(report["tokens_computed"] / max(seconds - compiling, 1e-9), 1),
         "resumed": resumed,
     }
     print(json.dumps(_finite(report)) if args.json else _table(report))
@@ -116,7 +118,8 @@ def _table(report: dict[str, Any]) -> str:
     lines += [f"  {'metric':12s} {'value':>10s} {'stderr':>10s}"]
     lines += [f"  {k:12s} {value:10.4f} {report['stderr'][k]:10.4f}" for k, value in report["metrics"].items()]
     rest = f", {report['resumed']} items taken from --out" if report["resumed"] else ""
-    speed = f"{report['seconds']:.1f} s, {report['tokens_per_second']:.0f} tokens/s"
+    speed = f"{report['seconds']:.1f} s ({report['compile_seconds']:.1f} s of it compiling)"
+    speed += f", {report['tokens_per_second']:.0f} tokens/s"
     return "\n".join([*lines, f"  {report['n']} {of} scored in {speed}{rest}"])
 
 

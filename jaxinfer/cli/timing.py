@@ -23,6 +23,11 @@ def _listen(event: str, seconds: float, **_: object) -> None:
 jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
+def compile_seconds() -> float:
+    """Return the seconds that this process has spent compiling so far."""
+    return _compiling
+
+
 def process_age() -> float:
     """Return the seconds since this process started (where the system doesn't tell, since this file was imported)."""
     try:
@@ -45,13 +50,13 @@ class Tally(Session):
         self.first_age = 0.0  # from the start of the process to the first token
         self.compile_seconds = 0.0  # spent compiling by the first token
         self.decode_seconds = 0.0  # from the first token to the last, without compilation
-        self._begin, self._compiled = time.perf_counter(), _compiling
+        self._begin, self._compiled = time.perf_counter(), compile_seconds()
 
     def decode(self, *args, **options) -> Iterator[Rows]:
         """Decode as a session does, and count what it yields."""
         stops = set(self.program.stop_ids)
         for dispatch, new in enumerate(super().decode(*args, **options)):
-            now, compiled = time.perf_counter(), _compiling
+            now, compiled = time.perf_counter(), compile_seconds()
             if dispatch == 0:
                 first, first_compiled = now, compiled
                 self.first_seconds, self.first_age = now - self._begin, process_age()
