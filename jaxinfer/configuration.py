@@ -5,15 +5,18 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxinfer import loading
+from jaxinfer import device, loading
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.config import ModelConfig, MoeConfig, config_from_dict
 from jaxinfer.models.transformer import random
 from jaxinfer.ops.rope import RopeConfig
+from jaxinfer.passes.layout import LAYOUTS
 from jaxinfer.program import Program
 from jaxinfer.text.bytes import VOCAB_SIZE, byte_tokenizer
+from jaxinfer.text.tokenizer import Tokenizer
 
 _NESTED = {"rope": RopeConfig, "rope_local": RopeConfig, "moe": MoeConfig}
 
@@ -102,9 +105,17 @@ def from_config(config: ConfigDict, progress: bool = False) -> Program:
         return loading.load(config.model, dtype=config.dtype, progress=progress)
     loading.enable_compilation_cache()
     model_config = architecture(config)
-    tokenizer = byte_tokenizer() if model_config.vocab_size >= VOCAB_SIZE else None
-    model = random(model_config, dtype=config.dtype or "float32")
-    return Program(model, tokenizer=tokenizer, name=f"random {model_config.family}")
+    choice = device.choose(model_config, config.dtype and jnp.dtype(config.dtype))
+    model = random(model_config, dtype=choice.dtype)
+    for layout in choice.layouts:
+        model = LAYOUTS[layout](model)
+    name = f"random {model_config.family}"
+    return Program(model, tokenizer=tokenizer_of(model_config), layouts=choice.layouts, name=name)
+
+
+def tokenizer_of(config: ModelConfig) -> Tokenizer | None:
+    """Return the tokenizer of a model with random weights: of bytes, or none where the vocabulary can't hold them."""
+    return byte_tokenizer() if config.vocab_size >= VOCAB_SIZE else None
 
 
 def architecture(config: ConfigDict) -> ModelConfig:

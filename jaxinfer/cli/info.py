@@ -43,23 +43,22 @@ def describe(config) -> dict[str, Any]:
     from jaxinfer.checkpoint.source import open_source
     from jaxinfer.models.config import config_from_dict, config_to_dict
     from jaxinfer.models.transformer import abstract
-    from jaxinfer.text.bytes import byte_tokenizer
     from jaxinfer.text.tokenizer import Tokenizer
 
     loading.enable_compilation_cache()
-    dtype = config.dtype
+    dtype, layouts = config.dtype, None
     stored: dict[str, int] = {}
     if config.architecture:
         name, path = "random weights", None
         model_config = configuration.architecture(config)
-        tokenizer, stop_ids, sampling, dtype = byte_tokenizer(), (), {}, dtype or "float32"
+        tokenizer, stop_ids, sampling = configuration.tokenizer_of(model_config), (), {}
     else:
         name, path = config.model, resolve(config.model)
         if orbax.is_saved(path):
             saved = orbax.read_metadata(path)
             model_config, stop_ids, sampling = config_from_dict(saved["config"]), saved["stop_ids"], saved["sampling"]
             tokenizer = Tokenizer.load(path / "tokenizer") if (path / "tokenizer").is_dir() else None
-            dtype = dtype or saved["dtype"]
+            dtype, layouts = dtype or saved["dtype"], saved["layouts"]  # as it was saved, whatever is fastest here
         else:
             source = open_source(path)
             model_config, tokenizer = source.config, source.tokenizer
@@ -86,7 +85,7 @@ def describe(config) -> dict[str, Any]:
             "platform": jax.default_backend(),
             "count": jax.device_count(),
             "dtype": choice.dtype.name,
-            "layouts": list(choice.layouts),
+            "layouts": list(choice.layouts if layouts is None else layouts),
             "measured": choice.describe(),
             "compile_cache": jax.config.jax_compilation_cache_dir,
         },
