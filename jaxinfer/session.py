@@ -118,6 +118,9 @@ class Session:
 
     def _keep(self, state: State) -> None:
         """Take the cache back. The newest token of a row was emitted but never fed, so it is not in the cache."""
+        if state.emitted.is_deleted():  # Ctrl-C in the middle of a dispatch: its result is lost, its input was donated
+            self._cache, self._logits, self.rows = None, None, [[] for _ in self.rows]
+            return
         emitted, tokens, length = (np.asarray(x) for x in (state.emitted, state.tokens, state.cache.length))
         self._cache = state.cache
         for b, row in enumerate(self.rows):

@@ -161,3 +161,23 @@ def test_text_ends_before_a_stop_string_wherever_tokens_end(stories):
 def test_bad_stop_strings_are_refused(stories, stop):
     with pytest.raises(InputError, match="stop="):
         generate_text(stories, PROMPT, 5, stop=stop)
+
+
+def test_an_interrupt_in_the_middle_of_a_dispatch_loses_the_cache_and_nothing_else(tiny, monkeypatch):
+    session = Session(tiny)
+    session.feed([[1, 2, 3]], room=8)
+    answer = session.decode(8, steps=lambda _: 2)
+    next(answer)
+    advance = loop.advance
+
+    def interrupted(*args):
+        advance(*args)  # the state is donated, and what came of it never arrives
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(answer)
+    monkeypatch.undo()
+    assert session.feed([[1, 2, 3]], room=8) == 3
+    again = [t for (new,) in session.decode(8) for t in new]
+    assert again == generate(tiny, [[1, 2, 3]], max_new_tokens=8).tokens[0].tolist()
