@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from jaxinfer.decode import loop
@@ -118,7 +119,8 @@ class Session:
 
     def _keep(self, state: State) -> None:
         """Take the cache back. The newest token of a row was emitted but never fed, so it is not in the cache."""
-        if state.emitted.is_deleted():  # Ctrl-C in the middle of a dispatch: its result is lost, its input was donated
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            # Ctrl-C in the middle of a dispatch: its result is lost, and its input was donated.
             self._cache, self._logits, self.rows = None, None, [[] for _ in self.rows]
             return
         emitted, tokens, length = (np.asarray(x) for x in (state.emitted, state.tokens, state.cache.length))
