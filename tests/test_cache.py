@@ -1,5 +1,7 @@
 """The laws of caches: every kind in KINDS keeps all of them, and a new one is a line there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,16 @@ K, H, S = 2, 8, 19
 BOUND = 1e-5
 
 
+@jax.jit
+def appended(cache: LayerCache, k, v, start, counts) -> LayerCache:
+    return cache.append(k, v, start, counts)
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def attended(cache: LayerCache, q, positions, window=None) -> jax.Array:
+    return cache.attend(q, positions, scale=0.5, window=window, softcap=None)
+
+
 def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -28,11 +40,11 @@ def integers(*values: int) -> jax.Array:
 def append(cache: LayerCache, seed: int, T: int, start, counts) -> LayerCache:
     """Append T random tokens a row, the same for the same seed and position; NaN in the padding."""
     B = len(start)
-    every = draw(seed, 2, B, 64, K, H)
+    every = np.random.default_rng(seed).normal(size=(2, B, 64, K, H)).astype(np.float32)
     at = np.clip(np.asarray(start)[:, None] + np.arange(T), 0, 63)
     real = (np.arange(T) < np.asarray(counts)[:, None])[:, :, None, None]
-    k, v = (jnp.where(real, x[np.arange(B)[:, None], at], jnp.nan) for x in every)
-    return cache.append(k, v, integers(*start), integers(*counts))
+    k, v = (np.where(real, x[np.arange(B)[:, None], at], np.float32(np.nan)) for x in every)
+    return appended(cache, k, v, integers(*start), integers(*counts))
 
 
 def read(cache: LayerCache, length, window: int | None = None) -> list[np.ndarray]:
@@ -40,7 +52,7 @@ def read(cache: LayerCache, length, window: int | None = None) -> list[np.ndarra
     B, T = len(length), max(length)
     positions = np.where(np.arange(T) < np.asarray(length)[:, None], np.arange(T), -1)
     q = draw(99, B, T, 4, H)
-    out = cache.attend(q, jnp.asarray(positions, jnp.int32), scale=0.5, window=window, softcap=None)
+    out = attended(cache, q, positions.astype(np.int32), window=window)
     return [np.asarray(row[:n]) for row, n in zip(out, length, strict=True)]
 
 
@@ -95,16 +107,16 @@ def test_rows_are_independent(kind, T):
 
     def run(rows):
         start = [starts[r] for r in rows]
-        cache = create(kind, len(rows)).append(*first[:, jnp.array(rows)], integers(*[0] * len(rows)), integers(*start))
-        cache = cache.append(*later[:, jnp.array(rows)], integers(*start), integers(*[counts[r] for r in rows]))
-        return cache
+        cache = create(kind, len(rows))
+        cache = appended(cache, *first[:, jnp.array(rows)], integers(*[0] * len(rows)), integers(*start))
+        return appended(cache, *later[:, jnp.array(rows)], integers(*start), integers(*[counts[r] for r in rows]))
 
     def outputs(rows):
         T_all = 14
         lengths = np.array([starts[r] + counts[r] for r in rows])
         positions = np.where(np.arange(T_all) < lengths[:, None], np.arange(T_all), -1)
         q = draw(7, 3, T_all, 4, H)[jnp.array(rows)]
-        out = run(rows).attend(q, jnp.asarray(positions, jnp.int32), scale=0.5, window=None, softcap=None)
+        out = attended(run(rows), q, positions.astype(np.int32))
         return [np.asarray(row[:n]) for row, n in zip(out, lengths, strict=True)]
 
     together = outputs([0, 1, 2])

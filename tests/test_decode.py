@@ -43,10 +43,11 @@ def compilations():
 )
 def test_rows_are_independent_of_their_batch(which, options, request):
     program = request.getfixturevalue(which)
-    seeds = [11, 2, 30, 4]
-    together = generate(program, PROMPTS, max_new_tokens=20, seed=seeds, **options)
-    reordered = generate(program, PROMPTS[::-1], max_new_tokens=20, seed=seeds[::-1], **options)
-    for row, prompt in enumerate(PROMPTS):
+    prompts = PROMPTS if which == "tiny" else PROMPTS[:2]
+    seeds = [11, 2, 30, 4][: len(prompts)]
+    together = generate(program, prompts, max_new_tokens=20, seed=seeds, **options)
+    reordered = generate(program, prompts[::-1], max_new_tokens=20, seed=seeds[::-1], **options)
+    for row, prompt in enumerate(prompts):
         alone = generate(program, [prompt], max_new_tokens=20, seed=[seeds[row]], **options)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
     np.testing.assert_array_equal(reordered.tokens, together.tokens[::-1])
@@ -144,17 +145,17 @@ def test_nothing_recompiles_within_a_bucket(tiny):
         prompts = [list(range(2, 2 + n)) for n in lengths]
         return generate(tiny, prompts, seed=seed, max_new_tokens=max_new_tokens, **options)
 
-    run((3, 15), 0, 10)
-    run((3, 15), 0, 10, **SAMPLED)
+    run((3, 40, 9, 1), 0, 10)
+    run((3, 40, 9, 1), 0, 10, **SAMPLED)
     with compilations() as compiled:
-        run((16, 9), 1, 33)
-        run((1, 2), 12345, 1)
-        run((16, 9), 1, 7, temperature=0.2, top_k=3, top_p=0.5, min_p=0.2, repetition_penalty=1.7)
-        run((5, 5), [9, 9], 64, temperature=3.0, top_k=90, top_p=0.1, min_p=0.001, repetition_penalty=0.9)
+        run((64, 9, 1, 2), 1, 33)
+        run((33, 33, 33, 33), 12345, 1)
+        run((16, 50, 7, 1), 1, 7, temperature=0.2, top_k=3, top_p=0.5, min_p=0.2, repetition_penalty=1.7)
+        run((5, 5, 5, 60), [9] * 4, 64, temperature=3.0, top_k=90, top_p=0.1, min_p=0.001, repetition_penalty=0.9)
     assert compiled == []
-    with compilations() as compiled:  # the counter counts
-        run((3, 17), 0, 10, temperature=0.123)
-    assert compiled
+    with compilations() as compiled:
+        jax.jit(lambda x: x + 1)(0)
+    assert len(compiled) == 1  # the counter counts
 
 
 def test_caches_are_donated(tiny):
