@@ -146,6 +146,9 @@ def test_what_passes_the_last_slot_is_dropped(kind, batch, T):
         kept = [min(start + T, S)] * batch if start == 17 else [17] * batch  # no holes: only 17 continues the row
         large = append(roomy, 2, T, [start] * batch, [T] * batch)
         check(read(append(small, 2, T, [start] * batch, [T] * batch), kept), read(large, kept))
+    full = append(create(kind, batch), 1, S, [0] * batch, [S] * batch)
+    for start in (S, S + 1, S + 30):
+        check(read(append(full, 2, T, [start] * batch, [T] * batch), [S] * batch), read(full, [S] * batch))
 
 
 def with_kind(model: Transformer, kind: CacheKind) -> Transformer:
