@@ -25,7 +25,8 @@ _PROMPT, _STEPS = 128, 8  # tokens of one timed prefill, steps of one timed deco
 _WORKLOAD = (512, 128)  # prompt and new tokens by whose predicted time variants are compared
 # How much faster a variant must be to be chosen, so that noise decides over neither precision nor layout.
 _WORTH_PRECISION = 1.25  # bfloat16 against float32
-_WORTH_LAYOUT = 1.1  # any layout against the fused one
+_WORTH_LAYOUT = 1.1  # any layout against the usual one
+_USUAL = ("fused", "long_last")
 _LAYOUT_CHOICES = tuple(c for n in range(len(LAYOUTS) + 1) for c in itertools.combinations(LAYOUTS, n))
 
 
@@ -71,26 +72,30 @@ class Choice:
 def choose(config: ModelConfig, dtype: jnp.dtype | None = None) -> Choice:
     """Return the fastest weight layout on this device for a model's shapes in `dtype`; without one, choose it too.
 
-    float32 is kept unless bfloat16 is 1.25 times as fast on the reference workload, and the fused layout unless
+    float32 is kept unless bfloat16 is 1.25 times as fast on the reference workload, and the usual layout unless
     another is 1.1 times as fast. float16 takes bfloat16's layout. A model that fits a processor's cache
-    is not measured: it is float32 and fused.
+    is not measured: it is float32 in the usual layout.
     """
     probe = _probe_config(config)
     if probe.num_layers > config.num_layers:
-        return Choice(jnp.dtype(jnp.float32 if dtype is None else dtype), ("fused",), ())
+        return Choice(jnp.dtype(jnp.float32 if dtype is None else dtype), _USUAL, ())
     measurements = measure(probe)
+    return Choice(*_decide(measurements, dtype), measurements)
+
+
+def _decide(measurements: tuple[Measurement, ...], dtype: jnp.dtype | None) -> tuple[jnp.dtype, tuple[str, ...]]:
     best = {d: _best([m for m in measurements if m.dtype == d]) for d in ("float32", "bfloat16")}
     if dtype is None:
         gain = best["float32"].workload / best["bfloat16"].workload
         dtype = jnp.dtype(jnp.bfloat16 if gain >= _WORTH_PRECISION else jnp.float32)
-    return Choice(jnp.dtype(dtype), best["float32" if dtype == jnp.float32 else "bfloat16"].layouts, measurements)
+    return jnp.dtype(dtype), best["float32" if dtype == jnp.float32 else "bfloat16"].layouts
 
 
 def _best(measurements: list[Measurement]) -> Measurement:
-    """Return the fused layout's measurement, or the fastest one where that is clearly faster."""
+    """Return the usual layout's measurement, or the fastest one where that is clearly faster."""
     fastest = min(measurements, key=lambda m: m.workload)
-    fused = next(m for m in measurements if m.layouts == ("fused",))
-    return fastest if fused.workload / fastest.workload >= _WORTH_LAYOUT else fused
+    usual = next(m for m in measurements if m.layouts == _USUAL)
+    return fastest if usual.workload / fastest.workload >= _WORTH_LAYOUT else usual
 
 
 def _probe_config(config: ModelConfig) -> ModelConfig:

@@ -5,14 +5,13 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
-from jaxinfer.session import Session
+from jaxinfer.session import Session, check_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +170,15 @@ def _all_logits(model, tokens, cache):
 
 
 def logits(program: Program, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
-    """Return the float32 next-token logits after every token of equally long rows."""
-    tokens = jnp.asarray(tokens, jnp.int32)
+    """Return the float32 next-token logits after every token of equally long rows.
+
+    Raises:
+        InputError: a token id outside the vocabulary, or more tokens than the model's context.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    check_ids(tokens.ravel(), program.config.vocab_size)
+    if tokens.shape[1] > program.config.max_context:
+        raise InputError(f"{tokens.shape[1]} tokens a row: the model's context is {program.config.max_context}")
     cache = _scratch(program.model, *tokens.shape)
     return _all_logits(program.model, tokens, cache)
 

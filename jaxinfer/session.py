@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from jaxinfer.decode import loop
 from jaxinfer.decode.base import State
@@ -36,8 +37,11 @@ class Session:
         A row's longest prefix that is cached already is kept. Empty rows are allowed: they decode nothing.
 
         Raises:
-            InputError: a row is longer than the model's context, or holds an id outside the vocabulary.
+            InputError: another number of rows than the session has, a row longer than the model's context, or an id
+                outside the vocabulary.
         """
+        if len(rows) != len(self.rows):
+            raise InputError(f"{len(rows)} rows: this session has {len(self.rows)}; make one with batch={len(rows)}")
         rows = [[int(t) for t in row] for row in rows]
         config = self.program.config
         for row in rows:
@@ -46,9 +50,7 @@ class Session:
                     f"prompt of {len(row)} tokens: the model's context is {config.max_context}, "
                     "and one must be left to generate; shorten the prompt"
                 )
-            if row and not (min(row) >= 0 and max(row) < config.vocab_size):
-                bad = max(row) if max(row) >= config.vocab_size else min(row)
-                raise InputError(f"token {bad}: must be in 0..{config.vocab_size - 1}; is this the right tokenizer?")
+            check_ids(row, config.vocab_size)
         needed = min(max(len(row) for row in rows) + room, config.max_context)
         if needed > self._slots or self._cache is None:
             self._slots = loop.slots_for(needed)
@@ -76,11 +78,21 @@ class Session:
         Row b draws with its own seed, `seed + b` when one number is given. The stop token is part of the output.
         `end(rows)` between two yields ends rows early. Leaving the iterator early is fine: the cache then holds what
         was computed.
+
+        Raises:
+            InputError: nothing was fed since the last `decode`, or limits or seeds are not one for every row.
         """
         program, batch = self.program, len(self.rows)
+        for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
+            if np.ndim(value) and len(value) != batch:
+                raise InputError(f"{name} has {len(value)} values: give one, or one for each of the {batch} rows")
+        if self._logits is None:
+            raise InputError("nothing to decode: call feed before every decode")
         limit = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (batch,))
         lengths = np.array([len(row) for row in self.rows])
         limit = np.where(lengths > 0, np.minimum(limit, program.config.max_context - lengths), 0)
+        if (lengths + limit).max() > self._slots:  # fed with too little room: once more, into a larger cache
+            self.feed(self.rows, room=int((lengths + limit).max() - lengths.max()))
         seeds = np.asarray(seed) if np.ndim(seed) else seed + np.arange(batch)
         sampling = Sampling() if sampling is None else sampling
         cache, logits, self._cache, self._logits = self._cache, self._logits, None, None
@@ -127,6 +139,13 @@ class Session:
         self._cache = state.cache
         for b, row in enumerate(self.rows):
             self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
+
+
+def check_ids(row: Sequence[int] | Int[np.ndarray, "n"], vocab_size: int) -> None:
+    """Raise InputError where a token id is outside the vocabulary."""
+    if len(row) and not (min(row) >= 0 and max(row) < vocab_size):
+        bad = max(row) if max(row) >= vocab_size else min(row)
+        raise InputError(f"token {bad}: must be in 0..{vocab_size - 1}; is this the right tokenizer?")
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

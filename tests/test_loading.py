@@ -53,7 +53,7 @@ def same_leaves(a, b):
         np.testing.assert_array_equal(np.asarray(left[name]), np.asarray(right[name]), err_msg=name)
 
 
-@pytest.mark.parametrize("layouts", [(), ("fused",), ("fused", "outputs_first")], ids="+".join)
+@pytest.mark.parametrize("layouts", [(), ("fused",), ("fused", "long_last")], ids="+".join)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("moe", [None, MoeConfig(num_experts=4, experts_per_token=2, expert_dim=16, layers=(1,))])
 def test_a_saved_program_comes_back_as_it_was(tmp_path, layouts, dtype, moe):
@@ -228,16 +228,19 @@ def test_the_device_choice_is_measured_kept_and_shown(tmp_path, monkeypatch):
 
 
 def test_noise_decides_over_neither_precision_nor_layout():
-    def choose(**times):
-        variants = {("float32", ("fused",)): 1.0, ("float32", ()): 1.0, ("bfloat16", ("fused",)): 1.0}
-        variants |= {(k.split("_")[0], ("fused",) if "fused" in k else ()): v for k, v in times.items()}
-        rows = [device.Measurement(d, layouts, prefill=t, decode=t) for (d, layouts), t in variants.items()]
-        best = {d: device._best([m for m in rows if m.dtype == d]) for d in ("float32", "bfloat16")}
-        return best["float32"].layouts, best["float32"].workload / best["bfloat16"].workload >= 1.25
+    usual = ("fused", "long_last")
 
-    assert choose(float32_separate=0.95) == (("fused",), False)
-    assert choose(float32_separate=0.8) == ((), False)
-    assert choose(bfloat16_fused=0.7) == (("fused",), True)
+    def choose(dtype, layouts, seconds):
+        times = dict.fromkeys([("float32", usual), ("float32", ()), ("bfloat16", usual), ("bfloat16", ())], 1.0)
+        times[dtype, layouts] = seconds
+        rows = [device.Measurement(d, names, prefill=t, decode=t) for (d, names), t in times.items()]
+        return device._decide(tuple(rows), None)
+
+    assert choose("float32", (), 0.95) == (jnp.float32, usual)
+    assert choose("float32", (), 0.8) == (jnp.float32, ())
+    assert choose("bfloat16", usual, 0.9) == (jnp.float32, usual)
+    assert choose("bfloat16", usual, 0.7) == (jnp.bfloat16, usual)
+    assert choose("bfloat16", (), 0.7) == (jnp.bfloat16, ())
 
 
 def test_the_compilation_cache_is_on_unless_the_user_said_otherwise(tmp_path, monkeypatch):

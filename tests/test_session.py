@@ -7,7 +7,7 @@ import pytest
 from jaxinfer.decode import loop
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
-from jaxinfer.generation import generate, generate_text, stream_text
+from jaxinfer.generation import generate, generate_text, logits, stream_text
 from jaxinfer.session import Session
 
 A = list(range(3, 23))
@@ -181,3 +181,27 @@ def test_an_interrupt_in_the_middle_of_a_dispatch_loses_the_cache_and_nothing_el
     assert session.feed([[1, 2, 3]], room=8) == 3
     again = [t for (new,) in session.decode(8) for t in new]
     assert again == generate(tiny, [[1, 2, 3]], max_new_tokens=8).tokens[0].tolist()
+
+
+def test_decoding_past_the_room_that_was_asked_for_grows_the_cache(tiny):
+    prompt = [int(t) for t in np.arange(250) % 90]
+    session = Session(tiny)
+    session.feed([prompt])  # 256 slots, of which 6 are free
+    out = [t for (new,) in session.decode(40) for t in new]
+    assert out == generate(tiny, [prompt], max_new_tokens=40).tokens[0].tolist()
+
+
+def test_misuse_of_a_session_is_told_in_one_line(tiny):
+    session = Session(tiny, 2)
+    with pytest.raises(InputError, match="call feed before"):
+        next(session.decode(4))
+    with pytest.raises(InputError, match="1 rows: this session has 2"):
+        session.feed([[1]])
+    session.feed([[1], [2]], room=4)
+    with pytest.raises(InputError, match="seed has 3 values"):
+        next(session.decode(4, seed=[1, 2, 3]))
+    list(session.decode(4))
+    with pytest.raises(InputError, match="call feed before"):
+        next(session.decode(4))
+    with pytest.raises(InputError, match="token 200: must be in"):
+        logits(tiny, np.array([[1, 200]]))

@@ -164,7 +164,7 @@ def test_layouts_combine_in_any_order():
     model = random_model(tiny_config(qkv_bias=True, mlp_bias=True))
     tokens = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
     expected = forward(model, tokens)
-    for first, second in (("fused", "outputs_first"), ("outputs_first", "fused")):
+    for first, second in (("fused", "long_last"), ("long_last", "fused")):
         both = LAYOUTS[second](LAYOUTS[first](model))
         np.testing.assert_allclose(forward(both, tokens), expected, rtol=0, atol=5e-5)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,9 @@ def einsum(eq: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Floa
 
 @functools.cache
 def _inputs_first(eq: str) -> bool:
-    left, out = eq.split("->")
-    x, kernel = left.split(",")
-    inner, outer = x[2:], out[2:]
-    if x[:2] == out[:2] and kernel in (inner + outer, outer + inner) and not set(inner) & set(outer):
-        return kernel == inner + outer
+    parts = re.fullmatch(r"(\w\w)(\w+),(\w+)->\1(\w+)", eq)
+    if parts:
+        _, inner, kernel, outer = parts.groups()
+        if kernel in (inner + outer, outer + inner) and not set(inner) & set(outer):
+            return kernel == inner + outer
     raise ValueError(f"eq={eq!r}: must be 'bt<in>,<in><out>->bt<out>' or 'bt<in>,<out><in>->bt<out>'")

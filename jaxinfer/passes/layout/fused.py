@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxinfer.models.layers import Linear
 from jaxinfer.models.transformer import QKV, GateUp
+from jaxinfer.passes.layout.turn import turn
 from jaxinfer.tree import rewrite, select
 
 
@@ -48,15 +49,14 @@ def fuse(tree: Any) -> Any:
 
 
 def _fuse_qkv(node: QKV) -> FusedQKV:
-    return FusedQKV(
-        _side_by_side([node.q, node.k, node.v]), num_kv_heads=node.k.kernel.shape[node.k.axes.index("kv_heads")]
-    )
+    kv_heads = node.k.kernel.shape[node.k.axes.index("kv_heads")]
+    return FusedQKV(_side_by_side([node.q, node.k, node.v]), num_kv_heads=kv_heads)
 
 
 def _side_by_side(parts: list[Linear]) -> Linear:
+    parts = [turn(p, inputs_first=True) for p in parts]
     first = parts[0]
-    outputs = 1 if first.axes[0] == "embed" else 0  # the axis of heads, or of the mlp's width
-    kernel = _concatenate([p.kernel for p in parts], axis=outputs)
+    kernel = _concatenate([p.kernel for p in parts], axis=1)  # the axis of heads, or of the mlp's width
     bias = None if first.bias is None else _concatenate([p.bias for p in parts], axis=0)
     return Linear(kernel, bias=bias, eq=first.eq, axes=first.axes)
 
