@@ -13,7 +13,6 @@ from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.config import ModelConfig, MoeConfig, config_from_dict
 from jaxinfer.models.transformer import random
 from jaxinfer.ops.rope import RopeConfig
-from jaxinfer.passes.layout import LAYOUTS
 from jaxinfer.program import Program
 from jaxinfer.text.bytes import VOCAB_SIZE, byte_tokenizer
 from jaxinfer.text.tokenizer import Tokenizer
@@ -106,9 +105,7 @@ def from_config(config: ConfigDict, progress: bool = False) -> Program:
     loading.enable_compilation_cache()
     model_config = architecture(config)
     choice = device.choose(model_config, config.dtype and jnp.dtype(config.dtype))
-    model = random(model_config, dtype=choice.dtype)
-    for layout in choice.layouts:
-        model = LAYOUTS[layout](model)
+    model = loading.lay_out(random(model_config, dtype=choice.dtype), choice.layouts)
     name = f"random {model_config.family}"
     return Program(model, tokenizer=tokenizer_of(model_config), layouts=choice.layouts, name=name)
 

@@ -1,6 +1,8 @@
 """Programs from checkpoints of any format, and back: `load` and `save`."""
 
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -13,8 +15,9 @@ from jaxinfer.checkpoint.assemble import assemble
 from jaxinfer.checkpoint.registry import resolve
 from jaxinfer.checkpoint.source import open_source
 from jaxinfer.errors import InputError, nearest
+from jaxinfer.huge_pages import Arenas, give_back_memory
 from jaxinfer.models.config import config_from_dict, config_to_dict
-from jaxinfer.models.transformer import abstract
+from jaxinfer.models.transformer import Transformer, abstract
 from jaxinfer.passes.layout import LAYOUTS
 from jaxinfer.paths import cache_dir
 from jaxinfer.program import Program
@@ -42,10 +45,7 @@ def load(name_or_path: str | os.PathLike, dtype: DTypeLike | None = None, progre
     model = assemble(
         abstract(source.config, choice.dtype), source.config, source.entries, source.names, path=path, progress=progress
     )
-    for layout in choice.layouts:
-        # One layer at a time, so that no second copy of the whole model exists.
-        for i, block in enumerate(model.layers):
-            model.layers[i] = LAYOUTS[layout](block)
+    model = lay_out(model, choice.layouts)
     return Program(
         model=model,
         tokenizer=source.tokenizer,
@@ -54,6 +54,26 @@ def load(name_or_path: str | os.PathLike, dtype: DTypeLike | None = None, progre
         layouts=choice.layouts,
         name=os.fspath(name_or_path),
     )
+
+
+def lay_out(model: Transformer, layouts: Sequence[str]) -> Transformer:
+    """Return the model with its layers in these layouts and, on a CPU, on huge pages. The one given is used up.
+
+    Layers are replaced one by one in place, so that no second copy of all of them exists. The embedding stays where it
+    is: it is large enough to have been given huge pages when it was made.
+    """
+    arenas = Arenas()
+
+    def lay(block):
+        for layout in layouts:
+            block = LAYOUTS[layout](block)
+        return arenas.settle(block)
+
+    with ThreadPoolExecutor(2) as pool:
+        for i, block in enumerate(pool.map(lay, model.layers)):
+            model.layers[i] = block
+            give_back_memory()
+    return model
 
 
 def save(program: Program, directory: str | os.PathLike) -> Path:
@@ -76,10 +96,12 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
 def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
     metadata = orbax.read_metadata(path)
     model = abstract(config_from_dict(metadata["config"]), dtype or metadata["dtype"])
-    for layout in metadata["layouts"]:
-        model = LAYOUTS[layout](model)
+    for i, block in enumerate(model.layers):
+        for layout in metadata["layouts"]:
+            block = LAYOUTS[layout](block)
+        model.layers[i] = block
     return Program(
-        model=orbax.restore(path, model),
+        model=lay_out(orbax.restore(path, model), ()),
         tokenizer=Tokenizer.load(path / "tokenizer") if (path / "tokenizer").is_dir() else None,
         stop_ids=tuple(metadata["stop_ids"]),
         sampling=metadata["sampling"],
