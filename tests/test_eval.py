@@ -213,7 +213,7 @@ def test_data_files_are_read_plain_or_compressed(tmp_path):
     rows = [{"prompt": "é"}, {"prompt": "b"}]
     text = json.dumps(rows[0]) + "\n\n" + json.dumps(rows[1], ensure_ascii=False) + "\r\n"
     (tmp_path / "a.jsonl").write_bytes(text.encode())
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(text.encode()))
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz"):
         assert data.read_jsonl(tmp_path / name) == [(1, rows[0]), (3, rows[1])]
@@ -230,7 +230,7 @@ def test_data_files_are_read_plain_or_compressed(tmp_path):
         ("a.jsonl", b'{"a": "\xff"}\n', "line 1: byte 0xff is not UTF-8"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("a.jsonl.gz", b"no archive", "damaged .gz archive"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99)[:-20], "damaged .gz archive"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-20], "damaged .gz archive"),
         ("a.jsonl.xz", lzma.compress(b'{"a": 1}')[:-20], "damaged .xz archive"),
         (None, None, "no such file"),
     ],
