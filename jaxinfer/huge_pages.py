@@ -11,6 +11,7 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _ARENA = 64 << 20  # bytes asked for at a time: many small matrices share huge pages
@@ -27,18 +28,20 @@ class Arenas:
         self._lock = threading.Lock()
 
     def settle(self, tree: Any) -> Any:
-        """Return the tree with its large leaves copied to huge pages; elsewhere than on a CPU, the tree itself."""
-        if not hasattr(mmap, "MADV_HUGEPAGE") or jax.default_backend() != "cpu":
-            return tree
-        return jax.tree.map(self._settle, tree)
+        """Return the tree as arrays of the default device; on a CPU with its large leaves copied to huge pages.
 
-    def _settle(self, leaf: jax.Array) -> jax.Array:
-        if leaf.nbytes < _SMALL or len(leaf.devices()) != 1:
-            return leaf
+        Leaves may be in host memory (numpy), where a layout can be changed without a copy.
+        """
+        copy = hasattr(mmap, "MADV_HUGEPAGE") and jax.default_backend() == "cpu"
+        return jax.tree.map(self._settle if copy else jnp.asarray, tree)
+
+    def _settle(self, leaf: jax.Array | np.ndarray) -> jax.Array:
+        if leaf.nbytes < _SMALL:
+            return jnp.asarray(leaf)
         source = np.asarray(leaf)
         place = self._take(source.nbytes).view(source.dtype).reshape(source.shape)
         np.copyto(place, source)
-        return jax.device_put(place, leaf.sharding)
+        return jax.device_put(place)
 
     def _take(self, nbytes: int) -> np.ndarray:
         with self._lock:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import DTypeLike
 
 from jaxinfer import device
@@ -65,6 +66,8 @@ def lay_out(model: Transformer, layouts: Sequence[str]) -> Transformer:
     arenas = Arenas()
 
     def lay(block):
+        if jax.default_backend() == "cpu":
+            block = jax.tree.map(np.asarray, block)  # no copy; and a layout is then one copy, into its place
         for layout in layouts:
             block = LAYOUTS[layout](block)
         return arenas.settle(block)

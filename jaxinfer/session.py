@@ -58,7 +58,9 @@ class Session:
             self.rows = [[] for _ in rows]
         keep = [_common_prefix(old, new) for old, new in zip(self.rows, rows, strict=True)]
         keep = [min(n, max(len(row) - 1, 0)) for n, row in zip(keep, rows, strict=True)]  # one token gives the logits
-        cache, self._cache = loop.rewind(self._cache, np.array(keep, np.int32)), None
+        cache, self._cache = self._cache, None
+        if any(self.rows):
+            cache = loop.rewind(cache, np.array(keep, np.int32))
         new = [row[n:] for n, row in zip(keep, rows, strict=True)]
         self._cache, self._logits = loop.prefill(self.program.model, cache, new, progress)
         self.rows = rows

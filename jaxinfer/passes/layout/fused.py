@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -62,6 +63,7 @@ def _side_by_side(parts: list[Linear]) -> Linear:
 
 
 def _concatenate(leaves: list, axis: int):
-    join = lambda *xs: jnp.concatenate(xs, axis=axis)  # noqa: E731
+    host = isinstance(leaves[0], np.ndarray)
+    join = lambda *xs: (np if host else jnp).concatenate(xs, axis=axis)  # noqa: E731
     abstract = isinstance(leaves[0], jax.ShapeDtypeStruct)
     return jax.eval_shape(join, *leaves) if abstract else join(*leaves)

@@ -1,7 +1,6 @@
 """The two orders of a linear layer's kernel, [in, out] and [out, in], and the way between them."""
 
 import jax
-import jax.numpy as jnp
 
 from jaxinfer.models.layers import Linear
 from jaxinfer.tree import replace
@@ -21,7 +20,7 @@ def turn(linear: Linear, inputs_first: bool) -> Linear:
     if kernel == wanted:
         return linear
     order = tuple(kernel.index(c) for c in wanted)
-    transpose = lambda k: jnp.transpose(k, order)  # noqa: E731
+    transpose = lambda k: k.transpose(order)  # noqa: E731 - a view where the kernel is in host memory
     leaf = linear.kernel
     new = jax.eval_shape(transpose, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else transpose(leaf)
     eq = linear.eq.replace(f"{x},{kernel}", f"{x},{wanted}")
