@@ -23,8 +23,11 @@ _WIDEST = 2048  # wider models are measured at this width: past it the best layo
 _PROBE_BYTES = 64e6  # of bfloat16 weights: more than a processor's cache, or the memory would not be measured
 _PROMPT, _STEPS = 128, 8  # tokens of one timed prefill, steps of one timed decode
 _WORKLOAD = (512, 128)  # prompt and new tokens by whose predicted time variants are compared
-# How much faster a variant must be to be chosen, so that noise decides over neither precision nor layout.
-_WORTH_PRECISION = 1.25  # bfloat16 against float32
+# How much faster a variant must be to be chosen, so that noise decides over neither precision nor layout. The probe is
+# matrix products alone, which flatters bfloat16 on a CPU: there its attention and elementwise work is slower than
+# float32's, and a whole decode step with products 1.3 times as fast was 0.8 times as fast.
+_WORTH_PRECISION = {"cpu": 2.0}  # bfloat16 against float32
+_WORTH_PRECISION_ELSEWHERE = 1.25
 _WORTH_LAYOUT = 1.1  # any layout against the usual one
 _USUAL = ("fused", "long_last")
 _LAYOUT_CHOICES = tuple(c for n in range(len(LAYOUTS) + 1) for c in itertools.combinations(LAYOUTS, n))
@@ -72,8 +75,8 @@ class Choice:
 def choose(config: ModelConfig, dtype: jnp.dtype | None = None) -> Choice:
     """Return the fastest weight layout on this device for a model's shapes in `dtype`; without one, choose it too.
 
-    float32 is kept unless bfloat16 is 1.25 times as fast on the reference workload, and the usual layout unless
-    another is 1.1 times as fast. float16 takes bfloat16's layout. A model that fits a processor's cache
+    float32 is kept unless bfloat16 is 1.25 times as fast on the reference workload (on a CPU 2 times), and the usual
+    layout unless another is 1.1 times as fast. float16 takes bfloat16's layout. A model that fits a processor's cache
     is not measured: it is float32 in the usual layout.
     """
     probe = _probe_config(config)
@@ -87,7 +90,8 @@ def _decide(measurements: tuple[Measurement, ...], dtype: jnp.dtype | None) -> t
     best = {d: _best([m for m in measurements if m.dtype == d]) for d in ("float32", "bfloat16")}
     if dtype is None:
         gain = best["float32"].workload / best["bfloat16"].workload
-        dtype = jnp.dtype(jnp.bfloat16 if gain >= _WORTH_PRECISION else jnp.float32)
+        worth = _WORTH_PRECISION.get(jax.default_backend(), _WORTH_PRECISION_ELSEWHERE)
+        dtype = jnp.dtype(jnp.bfloat16 if gain >= worth else jnp.float32)
     return jnp.dtype(dtype), best["float32" if dtype == jnp.float32 else "bfloat16"].layouts
 
 
