@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import abstract, build
-from jaxinfer.passes.layout import LAYOUTS
+from jaxinfer.passes.layout import LAYOUTS, apply_layouts
 from jaxinfer.paths import cache_dir
 
 _WIDEST = 2048  # wider models are measured at this width: past it the best layout no longer changes
@@ -147,9 +147,7 @@ def _measure(probe: ModelConfig) -> tuple[Measurement, ...]:
     for dtype in ("float32", "bfloat16"):
         for layouts in _LAYOUT_CHOICES:
             model = build(probe, lambda shape, dtype: jnp.full(shape, 0.01, dtype), jnp.dtype(dtype))
-            for layout in layouts:
-                model = LAYOUTS[layout](model)
-            variants[dtype, layouts] = model
+            variants[dtype, layouts] = apply_layouts(model, layouts)
     times = {key: ([], []) for key in variants}
     for round_ in range(4):  # alternating, so that a busy moment does not fall on one variant
         for key, model in variants.items():

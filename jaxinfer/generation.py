@@ -1,13 +1,13 @@
 """Text and tokens out of a program: the functions that people call."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxinfer.decode.loop import empty_cache
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
@@ -179,13 +179,8 @@ def logits(program: Program, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"])
     check_ids(tokens.ravel(), program.config.vocab_size)
     if tokens.shape[1] > program.config.max_context:
         raise InputError(f"{tokens.shape[1]} tokens a row: the model's context is {program.config.max_context}")
-    cache = _scratch(program.model, *tokens.shape)
+    cache = empty_cache(program.model, *tokens.shape)
     return _all_logits(program.model, tokens, cache)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _scratch(model, batch, slots):
-    return model.init_cache(batch, slots)
 
 
 def tokenizer_of(program: Program):

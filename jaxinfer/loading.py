@@ -19,7 +19,7 @@ from jaxinfer.errors import InputError, nearest
 from jaxinfer.huge_pages import Arenas, give_back_memory
 from jaxinfer.models.config import config_from_dict, config_to_dict
 from jaxinfer.models.transformer import Transformer, abstract
-from jaxinfer.passes.layout import LAYOUTS
+from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.paths import cache_dir
 from jaxinfer.program import Program
 from jaxinfer.text.tokenizer import Tokenizer
@@ -68,9 +68,7 @@ def lay_out(model: Transformer, layouts: Sequence[str]) -> Transformer:
     def lay(block):
         if jax.default_backend() == "cpu":
             block = jax.tree.map(np.asarray, block)  # no copy; and a layout is then one copy, into its place
-        for layout in layouts:
-            block = LAYOUTS[layout](block)
-        return arenas.settle(block)
+        return arenas.settle(apply_layouts(block, layouts))
 
     with ThreadPoolExecutor(2) as pool:
         for i, block in enumerate(pool.map(lay, model.layers)):
@@ -99,10 +97,7 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
 def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
     metadata = orbax.read_metadata(path)
     model = abstract(config_from_dict(metadata["config"]), dtype or metadata["dtype"])
-    for i, block in enumerate(model.layers):
-        for layout in metadata["layouts"]:
-            block = LAYOUTS[layout](block)
-        model.layers[i] = block
+    model.layers[:] = [apply_layouts(block, metadata["layouts"]) for block in model.layers]
     return Program(
         model=lay_out(orbax.restore(path, model), ()),
         tokenizer=Tokenizer.load(path / "tokenizer") if (path / "tokenizer").is_dir() else None,

@@ -1,7 +1,7 @@
 """Running a decoder from the host: prompts in padded chunks, then steps, each one dispatch of a compiled function."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,17 @@ def _prefill_chunk(model, cache, logits, tokens, counts):
     return cache, jnp.where((counts > 0)[:, None], model.logits(hidden)[:, 0], logits)
 
 
+def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]]:
+    """Yield rows by chunks: where one starts, its tokens padded to a bucket, how many of each row's are real."""
+    for start in range(0, max(len(row) for row in rows), CHUNK):
+        parts = [row[start : start + CHUNK] for row in rows]
+        counts = np.array([len(part) for part in parts], np.int32)
+        padded = np.zeros((len(rows), next(b for b in BUCKETS if b >= counts.max())), np.int32)
+        for i, part in enumerate(parts):
+            padded[i, : len(part)] = part
+        yield start, padded, counts
+
+
 def prefill(
     model: Transformer, cache: Cache, rows: Sequence[Sequence[int]], progress: Callable[[int], object] | None = None
 ) -> tuple[Cache, Float[Array, "B V"]]:
@@ -44,14 +55,7 @@ def prefill(
     Rows may differ in length, and be empty; `progress` is told the tokens done after each chunk.
     """
     logits = jnp.zeros((len(rows), model.config.vocab_size), jnp.float32)
-    longest = max(len(row) for row in rows)
-    for start in range(0, longest, CHUNK):
-        parts = [row[start : start + CHUNK] for row in rows]
-        length = max(len(part) for part in parts)
-        padded = np.zeros((len(rows), next(b for b in BUCKETS if b >= length)), np.int32)
-        for i, part in enumerate(parts):
-            padded[i, : len(part)] = part
-        counts = np.array([len(part) for part in parts], np.int32)
+    for _, padded, counts in chunks(rows):
         cache, logits = _prefill_chunk(model, cache, logits, padded, counts)
         if progress is not None:
             progress(int(counts.sum()))

@@ -111,13 +111,7 @@ def _score_batch(model: Transformer, rows: list[tuple[list[int], int]]) -> list[
     cache = loop.empty_cache(model, len(rows), loop.slots_for(longest))
     logprobs: list[float] = [0.0] * len(rows)
     greedy = [True] * len(rows)
-    for start in range(0, longest, loop.CHUNK):
-        parts = [row[start : start + loop.CHUNK] for row in fed]
-        counts = np.array([len(part) for part in parts], np.int32)
-        width = next(b for b in loop.BUCKETS if b >= counts.max())
-        tokens = np.zeros((len(rows), width), np.int32)
-        for b, part in enumerate(parts):
-            tokens[b, : len(part)] = part
+    for start, tokens, counts in loop.chunks(fed):
         wanted = [(b, t) for b, n in enumerate(counts) for t in range(max(first[b] - start, 0), n)]
         size = max(256, 1 << (len(wanted) - 1).bit_length()) if wanted else 256
         at = np.zeros((3, size), np.int32)  # row, place in the chunk, target; the rest is scored and ignored
