@@ -9,6 +9,8 @@ from flax import nnx
 
 from jaxinfer.errors import InputError
 
+Kinds = type | tuple[type, ...]
+
 
 def path_of(key_path: tuple) -> str:
     """Return a `jax.tree_util` key path as dotted names: `layers.3.attention.o.kernel`."""
@@ -31,14 +33,14 @@ def replace(node: nnx.Module, **changes: Any) -> nnx.Module:
     return copy
 
 
-def select(tree: Any, kind: type, where: str = ".*") -> dict[str, Any]:
+def select(tree: Any, kind: Kinds, where: str = ".*") -> dict[str, Any]:
     """Return the nodes of type `kind` whose dotted path fully matches the regular expression `where`."""
     found: dict[str, Any] = {}
     _walk(tree, "", kind, re.compile(where), lambda path, node: found.setdefault(path, node))
     return found
 
 
-def rewrite(tree: Any, kind: type, where: str, fn: Callable[[Any], Any]) -> Any:
+def rewrite(tree: Any, kind: Kinds, where: str, fn: Callable[[Any], Any]) -> Any:
     """Return `tree` with `fn(node)` in place of every node of type `kind` whose path fully matches `where`.
 
     Nothing is assigned in the input; untouched arrays are shared. Nodes inside a replaced node are not visited.
@@ -46,18 +48,28 @@ def rewrite(tree: Any, kind: type, where: str, fn: Callable[[Any], Any]) -> Any:
     Raises:
         InputError: nothing matched; the message lists the paths of that kind.
     """
+    return rewrite_by_path(tree, kind, where, lambda _, node: fn(node))
+
+
+def rewrite_by_path(tree: Any, kind: Kinds, where: str, fn: Callable[[str, Any], Any]) -> Any:
+    """Return `rewrite(tree, kind, where, ...)` with `fn(path, node)` for the new node."""
     count = 0
 
-    def apply(_, node):
+    def apply(path, node):
         nonlocal count
         count += 1
-        return fn(node)
+        return fn(path, node)
 
-    out = _walk(tree, "", kind, re.compile(where), apply)
+    try:
+        pattern = re.compile(where)
+    except re.error as e:
+        raise InputError(f"where={where!r}: not a regular expression ({e})") from None
+    out = _walk(tree, "", kind, pattern, apply)
     if count == 0:
         paths = list(select(tree, kind))
+        name = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise InputError(
-            f"where={where!r}: matches no {kind.__name__}; "
+            f"where={where!r}: matches no {name}; "
             + (
                 f"there are {len(paths)}: {', '.join(paths[:8])}{' ...' if len(paths) > 8 else ''}"
                 if paths
@@ -67,7 +79,7 @@ def rewrite(tree: Any, kind: type, where: str, fn: Callable[[Any], Any]) -> Any:
     return out
 
 
-def _walk(node: Any, path: str, kind: type, where: re.Pattern, fn: Callable[[str, Any], Any]) -> Any:
+def _walk(node: Any, path: str, kind: Kinds, where: re.Pattern, fn: Callable[[str, Any], Any]) -> Any:
     if isinstance(node, kind) and where.fullmatch(path):
         return fn(path, node)
     if isinstance(node, list):

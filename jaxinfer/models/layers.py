@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.ops.einsum import einsum
 from jaxinfer.ops.norm import rms_norm
+from jaxinfer.ops.quantized import take_rows
 
 Leaf = Any  # an array, a shape (jax.ShapeDtypeStruct), or whatever leaf a pass put in its place
 Make = Callable[[tuple[int, ...], jnp.dtype], Leaf]  # how a builder gets a leaf of a shape and dtype
@@ -49,7 +50,7 @@ class Embedding(nnx.Module):
     multiplier: float = nnx.static(default=1.0, kw_only=True)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = jnp.take(self.table, tokens, axis=0)
+        x = take_rows(self.table, tokens)
         return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

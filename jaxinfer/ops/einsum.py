@@ -1,4 +1,4 @@
-"""The one contraction that every linear layer uses."""
+"""The one contraction that every linear layer uses, for plain and for quantized kernels."""
 
 import functools
 import math
@@ -8,41 +8,96 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxinfer.ops.quantized import Quantized, codes, dequantize, is_quantized
 
-def einsum(eq: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+
+def einsum(eq: str, x: Float[Array, "..."], kernel: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
     """Return `jnp.einsum(eq, x, kernel)` accumulated in float32 and rounded once to x's dtype.
 
     `eq` is `"bt" + in letters, kernel letters -> "bt" + out letters`, where the kernel is stored inputs first
-    (`"btd,dnh->btnh"`) or outputs first (`"btd,vd->btv"`).
+    (`"btd,dnh->btnh"`) or outputs first (`"btd,vd->btv"`). A quantized kernel is read as it is stored.
 
     Raises:
         ValueError: `eq` is not of that form.
     """
-    inputs_first = _inputs_first(eq)
-    inner = math.prod(x.shape[2:])
-    out_shape = kernel.shape[x.ndim - 2 :] if inputs_first else kernel.shape[: kernel.ndim - (x.ndim - 2)]
-    # One plain matrix product: with several contracted axes XLA's CPU backend copies the whole kernel first.
-    rows = x.reshape(-1, inner)
-    matrix = kernel.reshape(inner, -1) if inputs_first else kernel.reshape(-1, inner)
-    contract = functools.partial(
-        jax.lax.dot_general,
-        dimension_numbers=(((1,), (0 if inputs_first else 1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-
-    def contract_two_rows(rows: Array, matrix: Array) -> Array:
-        # XLA's CPU backend runs one row of bfloat16 through a scalar loop, ten times slower than two rows.
-        return contract(jnp.concatenate([rows, rows]), matrix)[:1]
-
-    if rows.shape[0] == 1 and x.dtype == jnp.bfloat16:
-        y = jax.lax.platform_dependent(rows, matrix, cpu=contract_two_rows, default=contract)
+    rows, out_shape = _flatten(eq, x, kernel.shape)
+    if is_quantized(kernel):
+        y = _weight_only(rows, kernel, inputs_first(eq))
     else:
-        y = contract(rows, matrix)
+        # One plain product: with several contracted axes XLA's CPU backend copies the whole kernel first.
+        first = inputs_first(eq)
+        y = _dot(rows, kernel.reshape(rows.shape[1], -1) if first else kernel.reshape(-1, rows.shape[1]), first)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
 
+def einsum_int8(eq: str, x: Float[Array, "..."], kernel: Quantized) -> Float[Array, "..."]:
+    """Return `einsum(eq, x, kernel)` with every token of x rounded to int8 too, so that the product is of integers.
+
+    A token's scale is its largest magnitude over 127; the int32 sums are scaled by it and by the kernel's channels.
+
+    Raises:
+        ValueError: the kernel is not int8 with one scale for each output, stored outputs first.
+    """
+    rows, out_shape = _flatten(eq, x, kernel.shape)
+    weight = codes(kernel).reshape(-1, rows.shape[1])
+    if inputs_first(eq) or weight.dtype != jnp.int8 or kernel.scale.size != weight.shape[0]:
+        raise ValueError("an int8 product needs an int8 kernel, outputs first, with one scale for each output")
+    values, scale = quantize_rows(rows)
+    y = _dot(values, weight, False, jnp.int32).astype(jnp.float32)
+    y = y * scale * kernel.scale.reshape(1, -1).astype(jnp.float32)
+    return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
+
+
+def quantize_rows(rows: Float[Array, "M I"]) -> tuple[Array, Float[Array, "M 1"]]:
+    """Return each row in int8 and its scale: its largest magnitude over 127."""
+    rows = rows.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(rows).max(axis=1, keepdims=True), 1e-30) / 127
+    return jnp.round(rows / scale).astype(jnp.int8), scale
+
+
+def _weight_only(rows: Float[Array, "M I"], kernel: Quantized, first: bool) -> Float[Array, "M O"]:
+    inner = rows.shape[1]
+    outputs = math.prod(kernel.shape) // inner
+    by_output = kernel.scale.size == outputs and getattr(kernel, "offset", None) is None
+    if by_output and not first:
+        # One scale an output can wait until after the product, which then reads the codes and nothing else.
+        y = _dot(rows, codes(kernel).astype(rows.dtype).reshape(-1, inner), False)
+        return y * kernel.scale.reshape(1, -1).astype(y.dtype)
+    weight = dequantize(kernel, rows.dtype)
+    return _dot(rows, weight.reshape(inner, -1) if first else weight.reshape(-1, inner), first)
+
+
+def _flatten(eq: str, x: Array, kernel_shape: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+    """Return x as rows of inputs, and the shape that follows the rows in the output."""
+    contracted = x.ndim - 2
+    outputs = kernel_shape[contracted:] if inputs_first(eq) else kernel_shape[: len(kernel_shape) - contracted]
+    return x.reshape(-1, math.prod(x.shape[2:])), outputs
+
+
+def _dot(rows: Array, matrix: Array, first: bool, sums: jnp.dtype = jnp.float32) -> Array:
+    """Return `rows @ matrix` (or its transpose, outputs first) with sums of the given type."""
+    contract = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(((1,), (0 if first else 1,)), ((), ())),
+        preferred_element_type=sums,
+    )
+
+    def contract_two_rows(rows: Array, matrix: Array) -> Array:
+        # XLA's CPU backend runs one row of anything narrower than float32 through a scalar loop, ten times slower.
+        return contract(jnp.concatenate([rows, rows]), matrix)[:1]
+
+    if rows.shape[0] == 1 and rows.dtype in (jnp.bfloat16, jnp.int8):
+        return jax.lax.platform_dependent(rows, matrix, cpu=contract_two_rows, default=contract)
+    return contract(rows, matrix)
+
+
 @functools.cache
-def _inputs_first(eq: str) -> bool:
+def inputs_first(eq: str) -> bool:
+    """Return whether the kernel of `eq` is stored inputs first.
+
+    Raises:
+        ValueError: `eq` is not of the form that `einsum` takes.
+    """
     parts = re.fullmatch(r"(\w\w)(\w+),(\w+)->\1(\w+)", eq)
     if parts:
         _, inner, kernel, outer = parts.groups()

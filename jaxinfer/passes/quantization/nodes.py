@@ -1,0 +1,51 @@
+"""The nodes that quantization puts in the place of a model's own."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.models.layers import Embedding, Linear
+from jaxinfer.models.moe import Experts
+from jaxinfer.ops.einsum import einsum_int8, quantize_rows
+from jaxinfer.ops.quantized import codes, dequantize
+
+
+@nnx.dataclass
+class DynamicLinear(Linear):
+    """A linear map whose product is of integers: every token is rounded to int8 by its own largest magnitude."""
+
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        y = einsum_int8(self.eq, x, self.kernel)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
+
+
+@nnx.dataclass
+class DynamicEmbedding(Embedding):
+    """An embedding whose logits come from an integer product."""
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return einsum_int8("btd,vd->btv", x, self.table)
+
+
+@nnx.dataclass
+class QuantizedExperts(Experts):
+    """One projection of every expert, stored `[E, out, in]` with the groups of a scale along the inputs."""
+
+    def __call__(self, rows: Float[Array, "M I"], group_sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
+        kernel = dequantize(self.kernel, rows.dtype).swapaxes(1, 2)
+        y = jax.lax.ragged_dot(rows, kernel, group_sizes, preferred_element_type=jnp.float32)
+        return y.astype(rows.dtype)
+
+
+@nnx.dataclass
+class DynamicExperts(QuantizedExperts):
+    """Experts whose products are of integers, as in `DynamicLinear`."""
+
+    def __call__(self, rows: Float[Array, "M I"], group_sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
+        values, scale = quantize_rows(rows)
+        kernel = codes(self.kernel).swapaxes(1, 2)
+        y = jax.lax.ragged_dot(values, kernel, group_sizes, preferred_element_type=jnp.int32).astype(jnp.float32)
+        # Each row's expert: rows are grouped, so the scales repeat as often as their expert has rows.
+        by_row = jnp.repeat(self.kernel.scale[:, :, 0], group_sizes, axis=0, total_repeat_length=rows.shape[0])
+        return (y * scale * by_row.astype(jnp.float32)).astype(rows.dtype)
