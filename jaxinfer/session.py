@@ -27,6 +27,7 @@ class Session:
         self._cache = None
         self._logits = None
         self._slots = 0
+        self._longest = [0] * batch  # that each row has been since it was computed from its first token
         self._ended = np.zeros(batch, bool)
 
     def feed(
@@ -34,7 +35,8 @@ class Session:
     ) -> int:
         """Make the cache hold exactly `rows` and `room` free slots beyond; return how many tokens were computed.
 
-        A row's longest prefix that is cached already is kept. Empty rows are allowed: they decode nothing.
+        A row's longest prefix that is cached already is kept, unless the cache can't be rewound so far. Empty rows are
+        allowed: they decode nothing.
 
         Raises:
             InputError: another number of rows than the session has, a row longer than the model's context, or an id
@@ -56,14 +58,21 @@ class Session:
             self._slots = loop.slots_for(needed)
             self._cache = loop.empty_cache(self.program.model, len(rows), self._slots)
             self.rows = [[] for _ in rows]
+            self._longest = [0] * len(rows)
         keep = [_common_prefix(old, new) for old, new in zip(self.rows, rows, strict=True)]
         keep = [min(n, max(len(row) - 1, 0)) for n, row in zip(keep, rows, strict=True)]  # one token gives the logits
+        limit = self._cache.exact_rewind
+        if limit is not None:
+            keep = [n if longest - n <= limit else 0 for n, longest in zip(keep, self._longest, strict=True)]
         cache, self._cache = self._cache, None
         if any(self.rows):
             cache = loop.rewind(cache, np.array(keep, np.int32))
         new = [row[n:] for n, row in zip(keep, rows, strict=True)]
         self._cache, self._logits = loop.prefill(self.program.model, cache, new, progress)
         self.rows = rows
+        self._longest = [
+            max(len(row), longest if n else 0) for row, n, longest in zip(rows, keep, self._longest, strict=True)
+        ]
         return sum(len(row) for row in new)
 
     def decode(
@@ -141,6 +150,7 @@ class Session:
         self._cache = state.cache
         for b, row in enumerate(self.rows):
             self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
+            self._longest[b] = max(self._longest[b], int(length[b]))
 
 
 def check_ids(row: Sequence[int] | Int[np.ndarray, "n"], vocab_size: int) -> None:

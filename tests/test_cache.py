@@ -26,7 +26,7 @@ def appended(cache: LayerCache, k, v, start, counts) -> LayerCache:
 
 @functools.partial(jax.jit, static_argnames="window")
 def attended(cache: LayerCache, q, positions, window=None) -> jax.Array:
-    return cache.attend(q, positions, scale=0.5, window=window, softcap=None)
+    return cache.attend(q, positions, scale=0.5, window=window, softcap=None)[0]
 
 
 def draw(seed: int, *shape: int) -> jax.Array:

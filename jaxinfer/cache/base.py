@@ -9,7 +9,17 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 @runtime_checkable
 class LayerCache(Protocol):
-    """The storage of one attention layer. It owns its index algebra; lengths come from the whole-model cache."""
+    """The storage of one attention layer. It owns its index algebra; lengths come from the whole-model cache.
+
+    A step is `append`, then `attend` from the tokens just appended.
+    """
+
+    @property
+    def exact_rewind(self) -> int | None:
+        """How many tokens below the longest that a row has been it can be rewound exactly; None: any number.
+
+        Rewinding to nothing is always exact.
+        """
 
     def append(
         self,
@@ -28,8 +38,12 @@ class LayerCache(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
-    ) -> Float[Array, "B T N H"]:
-        """Attend from queries at absolute `positions`; a negative position is padding."""
+    ) -> tuple[Float[Array, "B T N H"], "LayerCache"]:
+        """Attend from queries at absolute `positions`, of which a negative one is padding.
+
+        The cache that comes back is the one to append to next: some caches let go, once they have been read, of what
+        only this chunk's queries needed, or learn from what the queries looked at.
+        """
 
     def rewind(self, length: Int[Array, "B"]) -> "LayerCache":
         """Return a cache that has forgotten every position >= length[b] of row b."""
@@ -49,6 +63,11 @@ class Cache(nnx.Module):
 
     length: Int[Array, "B"] = nnx.data()
     layers: list = nnx.data()  # of LayerCache
+
+    @property
+    def exact_rewind(self) -> int | None:
+        """How many tokens below the longest that a row has been it can be rewound exactly; None: any number."""
+        return min((n for n in (layer.exact_rewind for layer in self.layers) if n is not None), default=None)
 
     def rewind(self, length: Int[Array, "B"]) -> "Cache":
         """Return a cache in which row b has only its first min(length[b], self.length[b]) tokens."""

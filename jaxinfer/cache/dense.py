@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from jaxinfer.cache.slots import write
 from jaxinfer.ops.attention import attention
 
 
@@ -27,6 +27,11 @@ class DenseLayer(nnx.Module):
     k: Float[Array, "B K S H"] = nnx.data()
     v: Float[Array, "B K S H"] = nnx.data()
 
+    @property
+    def exact_rewind(self) -> None:
+        """Any number of tokens: each has its own slot."""
+        return None
+
     def append(
         self,
         k: Float[Array, "B T K H"],
@@ -35,7 +40,8 @@ class DenseLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "DenseLayer":
         """Write each row's first counts[b] tokens at its own slots; what would pass the last slot is dropped."""
-        return DenseLayer(k=_write(self.k, k, start, counts), v=_write(self.v, v, start, counts))
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return DenseLayer(k=write(self.k, k, start, counts), v=write(self.v, v, start, counts))
 
     def attend(
         self,
@@ -45,30 +51,10 @@ class DenseLayer(nnx.Module):
         scale: float,
         window: int | None,
         softcap: float | None,
-    ) -> Float[Array, "B T N H"]:
+    ) -> tuple[Float[Array, "B T N H"], "DenseLayer"]:
         """Attend over the live slots."""
-        return attention(q, self.k, self.v, positions, scale=scale, window=window, softcap=softcap)
+        return attention(q, self.k, self.v, positions, scale=scale, window=window, softcap=softcap), self
 
     def rewind(self, length: Int[Array, "B"]) -> "DenseLayer":
         """Nothing to do: a slot past the length is masked by its position and overwritten by the next append."""
         return self
-
-
-def _write(store: Array, new: Array, start: Array, counts: Array) -> Array:
-    B, _, S, _ = store.shape
-    T = new.shape[1]
-    new = new.astype(store.dtype).transpose(0, 2, 1, 3)  # B K T H
-    if T == 1 and B == 1:
-        # One slot of one row: an in-place slice update, where a scatter costs a loop.
-        slot = jnp.minimum(start[0], S - 1)
-        old = jax.lax.dynamic_slice_in_dim(store, slot, 1, axis=2)
-        fits = (counts[0] > 0) & (start[0] < S)
-        return jax.lax.dynamic_update_slice_in_dim(store, jnp.where(fits, new, old), slot, axis=2)
-    if T == 1:
-        slots = jnp.where(counts > 0, start, S)  # S is out of range, so the write is dropped
-        return store.at[jnp.arange(B), :, slots].set(new[:, :, 0], mode="drop")
-    # Many tokens: every slot picks its new token or keeps its own. One pass, no scatter, any start.
-    offset = jnp.arange(S)[None] - start[:, None]  # B S
-    taken = (offset >= 0) & (offset < counts[:, None])
-    picked = jnp.take_along_axis(new, jnp.clip(offset, 0, T - 1)[:, None, :, None], axis=2)
-    return jnp.where(taken[:, None, :, None], picked, store)

@@ -61,7 +61,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         cache = cache.append(k, v, start, counts)
-        y = cache.attend(q, positions, scale=self.scale, window=self.window, softcap=self.softcap)
+        y, cache = cache.attend(q, positions, scale=self.scale, window=self.window, softcap=self.softcap)
         return self.o(y), cache
 
 

@@ -1,12 +1,22 @@
 """Softmax attention of query tokens against cache slots, masked by absolute positions."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 MASKED = -1e30  # finite, so that padding, which sees nothing, gives numbers and not NaN
-_QUERY_BLOCK = 256  # query tokens scored together in a prefill: bounds the score matrix to [N, 256, live slots]
+QUERY_BLOCK = 256  # query tokens scored together in a prefill: bounds the score matrix to [N, 256, live slots]
 _SMALLEST_READ = 128  # slots; below it a smaller read saves nothing
+
+
+class Scaled(NamedTuple):
+    """Keys or values in a narrow type: `values * scale`, with one scale a token and head."""
+
+    values: Num[Array, "B K S H"]
+    scale: Float[Array, "B K S 1"]
 
 
 def attention(
@@ -25,15 +35,22 @@ def attention(
     output is finite and means nothing. Slots past the last query position are never used, whatever they hold,
     and at most the next power of two of the live slots is read.
     """
+    return by_query_blocks(lambda q, p, _: _attend_block(q, k, v, p, scale, window, softcap), q, positions)
+
+
+def by_query_blocks(
+    attend: Callable[[Array, Array, Array], Array], q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
+) -> Float[Array, "B T N H"]:
+    """Return `attend(queries, their positions, index of the first)` of blocks of at most 256 queries, one by one."""
     T = q.shape[1]
-    if T <= _QUERY_BLOCK:
-        return _attend_block(q, k, v, positions, scale, window, softcap)
-    blocks = -(-T // _QUERY_BLOCK)
-    pad = blocks * _QUERY_BLOCK - T
-    q_blocks = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    q_blocks = jnp.stack(jnp.split(q_blocks, blocks, axis=1))
+    if T <= QUERY_BLOCK:
+        return attend(q, positions, jnp.int32(0))
+    blocks = -(-T // QUERY_BLOCK)
+    pad = blocks * QUERY_BLOCK - T
+    q_blocks = jnp.stack(jnp.split(jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))), blocks, axis=1))
     p_blocks = jnp.stack(jnp.split(jnp.pad(positions, ((0, 0), (0, pad)), constant_values=-1), blocks, axis=1))
-    out = jax.lax.map(lambda qp: _attend_block(qp[0], k, v, qp[1], scale, window, softcap), (q_blocks, p_blocks))
+    first = jnp.arange(blocks, dtype=jnp.int32) * QUERY_BLOCK
+    out = jax.lax.map(lambda block: attend(*block), (q_blocks, p_blocks, first))
     return jnp.concatenate(list(out), axis=1)[:, :T]
 
 
@@ -78,24 +95,66 @@ def _read_sizes(slots: int) -> list[int]:
 
 
 def _softmax_attention(q, k, v, positions, slots, scale, window, softcap):
+    seen = visible(positions, slots[None], window)
+    return ungroup_heads(share(group_heads(q, k.shape[1], scale), k, v, seen, softcap), q)
+
+
+def visible(positions: Int[Array, "B T"], slots: Int[Array, "b S"], window: int | None) -> Bool[Array, "B T S"]:
+    """Return which slots, by the positions that they hold, each query sees: `p - window < s <= p`."""
+    p, s = positions[:, :, None], slots[:, None, :]
+    return s <= p if window is None else (s <= p) & (s > p - window)
+
+
+def group_heads(q: Float[Array, "B T N H"], kv_heads: int, scale: float) -> Float[Array, "B K GT H"]:
+    """Return scaled queries, those that read one key head side by side."""
     B, T, N, H = q.shape
-    K = k.shape[1]
-    G = N // K
-    grouped = (q * scale).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32).reshape(B, K, G, T, -1)
+    G = N // kv_heads
+    return (q * scale).reshape(B, T, kv_heads, G, H).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, G * T, H)
+
+
+class Share(NamedTuple):
+    """What some slots contribute to a softmax: `out / total` is their attention; weights are `exp(score - peak)`."""
+
+    out: Float[Array, "B K G T H"]
+    total: Float[Array, "B K G T 1"]
+    peak: Float[Array, "B K G T 1"]
+
+
+def share(
+    q: Float[Array, "B K GT H"],
+    k: Float[Array, "B K S H"] | Scaled,
+    v: Float[Array, "B K S H"] | Scaled,
+    seen: Bool[Array, "B T S"],
+    softcap: float | None,
+) -> Share:
+    """Return what the slots that each query sees contribute; of a query that sees none, a finite share of no weight.
+
+    What a slot that no query sees holds is never used, NaN included.
+    """
+    B, K, _, _ = q.shape
+    T, S = seen.shape[1:]
+    keys = k.values.astype(q.dtype) if isinstance(k, Scaled) else k
+    scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32)
+    if isinstance(k, Scaled):
+        scores *= k.scale.astype(jnp.float32).swapaxes(2, 3)
+    scores = scores.reshape(B, K, -1, T, S)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    p, s = positions[:, :, None], slots[None, None, :]
-    visible = s <= p
-    if window is not None:
-        visible &= s > p - window
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))  # exactly 0 where masked
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)  # exactly 0 where masked
     total = weights.sum(axis=-1, keepdims=True)
-    # A slot that no query sees may hold anything, NaN included, and 0 * NaN is NaN.
-    used = slots[None, :] <= positions.max(axis=1, keepdims=True)
-    v = jnp.where(used[:, None, :, None], v, 0)
-    weights = weights.astype(v.dtype).reshape(B, K, G * T, -1)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights, v, preferred_element_type=jnp.float32)
-    out = out.reshape(B, K, G, T, H) / total
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
+    used = seen.any(axis=1)[:, None, :, None]  # 0 * NaN is NaN
+    weights = weights.reshape(B, K, -1, S)
+    if isinstance(v, Scaled):
+        weights *= jnp.where(used, v.scale.astype(jnp.float32), 0).swapaxes(2, 3)
+    values = jnp.where(used, v.values if isinstance(v, Scaled) else v, 0)
+    values = values.astype(q.dtype) if isinstance(v, Scaled) else values
+    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return Share(out.reshape(B, K, -1, T, out.shape[-1]), total, peak)
+
+
+def ungroup_heads(shares: Share, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """Return the attention that the shares amount to, in the layout and dtype of the queries `q`."""
+    out = shares.out / shares.total
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
