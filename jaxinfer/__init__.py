@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from jaxinfer.eval.perplexity import perplexity
     from jaxinfer.generation import Generation, generate, generate_text, logits, stream_text
     from jaxinfer.loading import load, save
+    from jaxinfer.passes import apply
+    from jaxinfer.passes.calibration import Calibration
     from jaxinfer.program import Program, chain
     from jaxinfer.session import Session
 
@@ -24,13 +26,15 @@ _HOME = {
     "stream_text": "generation",
     "load": "loading",
     "save": "loading",
+    "apply": "passes",
+    "Calibration": "passes.calibration",
     "Program": "program",
     "chain": "program",
     "Session": "session",
 }
 __all__ = [  # noqa: RUF022 - in the order of use
-    "load", "save", "generate_text", "stream_text", "generate", "Generation", "logits", "perplexity",
-    "Program", "chain", "Session", "InputError",
+    "load", "apply", "Calibration", "save", "generate_text", "stream_text", "generate", "Generation", "logits",
+    "perplexity", "Program", "chain", "Session", "InputError",
 ]  # fmt: skip
 
 

@@ -2,17 +2,21 @@
 
 import dataclasses
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxinfer import device, loading
+from jaxinfer import device, loading, passes
 from jaxinfer.errors import InputError, nearest
+from jaxinfer.eval.data import read_text
 from jaxinfer.models.config import ModelConfig, MoeConfig, config_from_dict
 from jaxinfer.models.transformer import random
 from jaxinfer.ops.rope import RopeConfig
+from jaxinfer.passes.base import Calibrated
+from jaxinfer.passes.calibration import Calibration
 from jaxinfer.program import Program
 from jaxinfer.text.bytes import VOCAB_SIZE, byte_tokenizer
 from jaxinfer.text.tokenizer import Tokenizer
@@ -24,13 +28,17 @@ def defaults() -> ConfigDict:
     """Return a config with every key at its default. A config file changes what it wants and returns it.
 
     `model` is a name, a path or a hub repository. `dtype` None is what the device runs fastest. `architecture`, when
-    it has keys, gives the fields of a ModelConfig to fill with random weights in place of `model`.
+    it has keys, gives the fields of a ModelConfig to fill with random weights in place of `model`. `passes` are applied
+    in order: "int8", "int4:group=32", ("int4", {"group": 32}). `calibration` is for those that need text: its file, how
+    many windows of how many tokens, and the directory from which a killed run goes on.
     """
     return ConfigDict(
         {
             "model": "smollm2-135m",
             "dtype": None,
             "architecture": {},
+            "passes": (),
+            "calibration": {"text": "", "windows": 64, "window": 512, "directory": ""},
             "generate": {
                 "max_new_tokens": 128,
                 "temperature": 0.0,
@@ -76,10 +84,12 @@ def check(config: ConfigDict) -> ConfigDict:
     merged = defaults()
     for key, value in config.items():
         _check_key(key, merged, "")
-        if key == "generate":
+        if key in ("generate", "calibration"):
             for name, option in _mapping(key, value):
-                _check_key(name, merged.generate, "generate.")
-                merged.generate[name] = _typed(f"generate.{name}", option, merged.generate[name])
+                _check_key(name, merged[key], f"{key}.")
+                merged[key][name] = _typed(f"{key}.{name}", option, merged[key][name])
+        elif key == "passes":
+            merged.passes = tuple(_passes(value))
         elif key == "architecture":
             merged.architecture = ConfigDict(dict(_mapping(key, value)))
         elif key == "model" or value is not None:
@@ -100,6 +110,11 @@ def from_config(config: ConfigDict, progress: bool = False) -> Program:
         InputError: an unknown key, a wrong value, or whatever loading the model raises.
     """
     config = check(config)
+    program = _without_passes(config, progress)
+    return passes.apply(program, *config.passes, calibration=_calibration(config, program, progress))
+
+
+def _without_passes(config: ConfigDict, progress: bool) -> Program:
     if not config.architecture:
         return loading.load(config.model, dtype=config.dtype, progress=progress)
     loading.enable_compilation_cache()
@@ -108,6 +123,29 @@ def from_config(config: ConfigDict, progress: bool = False) -> Program:
     model = loading.lay_out(random(model_config, dtype=choice.dtype), choice.layouts)
     name = f"random {model_config.family}"
     return Program(model, tokenizer=tokenizer_of(model_config), layouts=choice.layouts, name=name)
+
+
+def _calibration(config: ConfigDict, program: Program, progress: bool) -> Calibration | None:
+    c = config.calibration
+    if not c.text:
+        return None
+    if not any(isinstance(passes.parse(spec), Calibrated) for spec in config.passes):
+        raise InputError(f"calibration text {c.text}: no pass here looks at text; leave it out, or add one that does")
+    text, directory = read_text(c.text), c.directory or None
+    return Calibration.of(program, text, c.windows, c.window, directory=directory, progress=progress)
+
+
+def _passes(value: Any) -> Iterator[Any]:
+    """Yield each pass of a config as `passes.parse` takes it."""
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"passes={value!r}: must be a list, such as ['int8', ('int4', {{'group': 32}})]")
+    for spec in value:
+        if not isinstance(spec, str):
+            if not (isinstance(spec, (list, tuple)) and len(spec) == 2 and isinstance(spec[1], (dict, ConfigDict))):
+                raise InputError(f"passes has {spec!r}: each must be 'name:option=value' or (name, {{option: value}})")
+            spec = (spec[0], dict(spec[1]))
+        passes.parse(spec)
+        yield spec
 
 
 def tokenizer_of(config: ModelConfig) -> Tokenizer | None:

@@ -19,6 +19,7 @@ from jaxinfer.errors import InputError, nearest
 from jaxinfer.huge_pages import Arenas, give_back_memory
 from jaxinfer.models.config import config_from_dict, config_to_dict
 from jaxinfer.models.transformer import Transformer, abstract
+from jaxinfer.passes import apply
 from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.paths import cache_dir
 from jaxinfer.program import Program
@@ -87,6 +88,7 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
         "config": config_to_dict(program.config),
         "dtype": str(program.model.embed.table.dtype),
         "layouts": list(program.layouts),
+        "passes": [[name, dict(options)] for name, options in program.passes],
         "stop_ids": list(program.stop_ids),
         "sampling": dict(program.sampling),
         "name": program.name,
@@ -98,14 +100,17 @@ def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
     metadata = orbax.read_metadata(path)
     model = abstract(config_from_dict(metadata["config"]), dtype or metadata["dtype"])
     model.layers[:] = [apply_layouts(block, metadata["layouts"]) for block in model.layers]
-    return Program(
-        model=lay_out(orbax.restore(path, model), ()),
+    program = Program(
+        model=model,
         tokenizer=Tokenizer.load(path / "tokenizer") if (path / "tokenizer").is_dir() else None,
         stop_ids=tuple(metadata["stop_ids"]),
         sampling=metadata["sampling"],
         layouts=tuple(metadata["layouts"]),
         name=metadata["name"],
     )
+    # The passes on a tree of shapes give the tree that was saved: packed leaves, other nodes, other caches.
+    program = apply(program, *metadata.get("passes", ()))
+    return program.replace(model=lay_out(orbax.restore(path, program.model), ()))
 
 
 def _check_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""The command line: `jaxinfer generate`, `chat`, `eval` and `info`. Each command is one file of this package."""
+"""The command line, `jaxinfer COMMAND`. Each command is one file of this package."""
 
 import argparse
 import contextlib
@@ -8,10 +8,18 @@ import sys
 from typing import NoReturn
 
 import jaxinfer
-from jaxinfer.cli import chat, evaluate, generate, info, interrupt
+from jaxinfer.cli import apply, chat, evaluate, generate, info, interrupt, passes
 from jaxinfer.errors import InputError
 
 _INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+_COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "eval": evaluate,
+    "info": info,
+    "passes": passes,
+    "apply": apply,
+}
 _EPILOG = "jaxinfer COMMAND --help tells a command's options"
 
 
@@ -83,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jaxinfer", epilog=_EPILOG, parents=[shared], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"jaxinfer {jaxinfer.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for name, module in (("generate", generate), ("chat", chat), ("eval", evaluate), ("info", info)):
+    for name, module in _COMMANDS.items():
         summary = module.__doc__.splitlines()[0]
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, parents=[shared], allow_abbrev=False,

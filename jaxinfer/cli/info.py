@@ -1,6 +1,7 @@
 """Show what a model is and how it runs here, from its headers: no weight is read.
 
 jaxinfer info smollm2-135m
+jaxinfer info smollm2-135m --pass int4 --pass kv_int8        # what it would take
 jaxinfer info --config configs/tiny.py --json
 """
 
@@ -9,7 +10,6 @@ import json
 from typing import Any
 
 from jaxinfer.cli import options
-from jaxinfer.errors import InputError
 
 _PARTS = ("embedding", "attention", "mlp", "norms", "unembedding")
 
@@ -23,10 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    if args.name is not None:
-        if args.model is not None:
-            raise InputError(f"--model {args.model}: MODEL is given already, {args.name!r}; give one of them")
-        args.model = args.name
+    options.take_positional(args)
     config = options.read_config(args)
     report = describe(config)
     print(json.dumps(report) if args.json else _text(report))
@@ -37,17 +34,19 @@ def describe(config) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxinfer import configuration, device, loading
+    from jaxinfer import configuration, device, loading, passes
     from jaxinfer.checkpoint import orbax
     from jaxinfer.checkpoint.registry import resolve
     from jaxinfer.checkpoint.source import open_source
     from jaxinfer.models.config import config_from_dict, config_to_dict
     from jaxinfer.models.transformer import abstract
+    from jaxinfer.program import Program
     from jaxinfer.text.tokenizer import Tokenizer
 
     loading.enable_compilation_cache()
     dtype, layouts = config.dtype, None
     stored: dict[str, int] = {}
+    applied: list[Any] = []
     if config.architecture:
         name, path = "random weights", None
         model_config = configuration.architecture(config)
@@ -58,6 +57,7 @@ def describe(config) -> dict[str, Any]:
             saved = orbax.read_metadata(path)
             model_config, stop_ids, sampling = config_from_dict(saved["config"]), saved["stop_ids"], saved["sampling"]
             tokenizer = Tokenizer.load(path / "tokenizer") if (path / "tokenizer").is_dir() else None
+            applied = saved.get("passes", [])
             dtype, layouts = dtype or saved["dtype"], saved["layouts"]  # as it was saved, whatever is fastest here
         else:
             source = open_source(path)
@@ -66,7 +66,9 @@ def describe(config) -> dict[str, Any]:
             for entry in source.entries.values():
                 stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.nbytes
     choice = device.choose(model_config, None if dtype is None else jnp.dtype(dtype))
-    model = abstract(model_config, choice.dtype)
+    shapes = abstract(model_config, choice.dtype)
+    parameters = _parameters(shapes)
+    model = passes.apply(Program(shapes), *applied, *config.passes).model
     cache = jax.eval_shape(lambda: model.init_cache(1, 256))
     windows = [model_config.window(i) for i in range(model_config.num_layers)]
     return {
@@ -74,7 +76,8 @@ def describe(config) -> dict[str, Any]:
         "path": None if path is None else str(path),
         "architecture": config_to_dict(model_config),
         "windows": {str(w): windows.count(w) for w in dict.fromkeys(windows) if w is not None},
-        "parameters": _parameters(model),
+        "parameters": parameters,
+        "passes": [str(spec) if isinstance(spec, str) else spec[0] for spec in (*applied, *config.passes)],
         "bytes_stored": stored,
         "bytes_in_memory": _bytes(model),
         "kv_bytes_per_token": sum(_bytes(cache.layers).values()) // 256,
@@ -148,6 +151,7 @@ def _text(report: dict[str, Any]) -> str:
         *(("", f"{n:>15,}  {part}") for part, n in report["parameters"].items() if part != "total"),
         ("stored", ", ".join(f"{n / 1e6:.1f} MB {kind}" for kind, n in report["bytes_stored"].items())),
         ("in memory", ", ".join(f"{n / 1e6:.1f} MB {kind}" for kind, n in report["bytes_in_memory"].items())),
+        ("passes", " + ".join(report["passes"])),
         ("KV cache", f"{report['kv_bytes_per_token']:,} bytes a token"),
         ("tokenizer", t and f"{t['tokens']} tokens, {'a' if t['chat_template'] else 'no'} chat template"),
         ("stops at", t and ", ".join(f"{s!r} ({i})" for i, s in zip(t["stop_ids"], t["stop_tokens"], strict=True))),

@@ -37,10 +37,20 @@ class Generating:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --config and --dtype."""
+    """Add --model, --config, --dtype, --pass and --calibrate."""
     parser.add_argument("--model", metavar="M", help="name, path or hub repository (default: smollm2-135m)")
     parser.add_argument("--config", metavar="FILE", help="Python file with get_config(), or FILE:ARGUMENT")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what this device runs fastest)")
+    add_passes(parser)
+
+
+def add_passes(parser: argparse.ArgumentParser) -> None:
+    """Add --pass and --calibrate."""
+    parser.add_argument(
+        "--pass", dest="passes", action="append", metavar="P",
+        help="apply a pass: NAME or NAME:OPTION=VALUE,...; repeat to stack (see jaxinfer passes)",
+    )  # fmt: skip
+    parser.add_argument("--calibrate", metavar="FILE", help="text for the passes that calibrate on one")
 
 
 def add_generating(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +62,14 @@ def add_generating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
 
 
+def take_positional(args: argparse.Namespace) -> None:
+    """Let MODEL stand for --model. Raises InputError where both are given."""
+    if args.name is not None:
+        if args.model is not None:
+            raise InputError(f"--model {args.model}: MODEL is given already, {args.name!r}; give one of them")
+        args.model = args.name
+
+
 def read_config(args: argparse.Namespace):
     """Return the config: the defaults, then --config, then the flags of `add_model`."""
     from jaxinfer import configuration
@@ -61,6 +79,10 @@ def read_config(args: argparse.Namespace):
         config.model, config.architecture = args.model, {}
     if args.dtype is not None:
         config.dtype = args.dtype
+    if getattr(args, "passes", None):
+        config.passes = tuple(args.passes)
+    if getattr(args, "calibrate", None) is not None:
+        config.calibration.text = args.calibrate
     return configuration.check(config)
 
 

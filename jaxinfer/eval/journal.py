@@ -71,10 +71,10 @@ class Journal:
 
 
 def fingerprint(program: Program) -> dict[str, Any]:
-    """Return what tells two models apart: architecture, dtype and, for its weights, a hash of the last norm."""
+    """Return what tells two models apart: architecture, dtype, passes and a hash of the last norm."""
     scale = np.asarray(program.model.final_norm.scale, np.float32)
     weights = hashlib.sha256(scale.tobytes()).hexdigest()
-    return {"config": config_to_dict(program.config), "dtype": dtype_of(program), "weights": weights}
+    return {"config": config_to_dict(program.config), "dtype": dtype_of(program), "weights": weights, "passes": program.passes}
 
 
 def dtype_of(program: Program) -> str:
