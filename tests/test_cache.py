@@ -10,10 +10,19 @@ from models import random_model, tiny_config
 
 from jaxinfer.cache.base import CacheKind, LayerCache
 from jaxinfer.cache.dense import Dense
+from jaxinfer.cache.kivi import Kivi
+from jaxinfer.cache.quantized import QuantizedCache
 from jaxinfer.models.transformer import Attention, Transformer
 from jaxinfer.tree import replace, rewrite
 
-KINDS: dict[str, CacheKind] = {"dense": Dense()}
+KINDS: dict[str, CacheKind] = {
+    "dense": Dense(),
+    "int8": QuantizedCache(),
+    "fp8": QuantizedCache(qtype="float8_e4m3fn"),
+    "kivi": Kivi(group=4, residual=3),
+    "kivi_2_bits": Kivi(bits=2, group=3, residual=0),
+    "kivi_long_residual": Kivi(residual=16),
+}
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 K, H, S = 2, 8, 19
 BOUND = 1e-5

@@ -1,0 +1,228 @@
+"""Old tokens in 4 bits or fewer, the newest ones as they are (KIVI, 2402.02750).
+
+For a query at position p the tokens before `group * max(0, floor((p + 1 - residual) / group))` are quantized ones. That
+depends on p alone: a prompt fed at once gives what the same prompt fed token by token gives.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from jaxinfer.cache.groups import Groups, dequantize_groups, quantize_groups
+from jaxinfer.cache.slots import pick, write
+from jaxinfer.errors import InputError
+from jaxinfer.ops.attention import (
+    QUERY_BLOCK,
+    attention,
+    by_query_blocks,
+    group_heads,
+    share,
+    ungroup_heads,
+    visible,
+)
+from jaxinfer.ops.online_attention import SLOT_BLOCK, merge, shares_of_blocks
+
+SLACK = 32  # tokens that a row can be rewound by, at least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kivi:
+    """The kind of cache that packs tokens in groups of `group` once `residual` newer ones have come after them."""
+
+    bits: int = 4
+    group: int = 32
+    residual: int = 64
+
+    def __post_init__(self):
+        if self.bits not in (2, 4, 8):
+            raise InputError(f"bits={self.bits}: must be 2, 4 or 8, which fill a byte")
+        if self.group < 1 or self.residual < 0:
+            raise InputError(f"group={self.group}, residual={self.residual}: must be at least 1 and 0 tokens")
+
+    def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "KiviLayer":
+        """Return an empty cache; the newest tokens are kept in `dtype`.
+
+        Raises:
+            InputError: a head is not a whole number of bytes.
+        """
+        if head_dim * self.bits % 8:
+            raise InputError(f"head_dim={head_dim} in {self.bits} bits: does not fill bytes; use 8 bits")
+        count = max(0, slots - self.residual) // self.group  # groups that some query reads
+        recent = self.group * -(-(self.residual + self.group + SLACK) // self.group) if count else slots
+        groups = jax.eval_shape(
+            functools.partial(quantize_groups, bits=self.bits),
+            *[jax.ShapeDtypeStruct((batch, kv_heads, count, self.group, head_dim), dtype)] * 2,
+        )
+        return KiviLayer(
+            groups=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), groups) if count else None,
+            k=jnp.zeros((batch, kv_heads, recent, head_dim), dtype),
+            v=jnp.zeros((batch, kv_heads, recent, head_dim), dtype),
+            chunk=None,
+            kind=self,
+            slots=slots,
+        )
+
+    def boundary(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
+        """Return how many tokens are quantized ones for a query at each position."""
+        return self.group * jnp.maximum(0, (positions + 1 - self.residual) // self.group)
+
+
+@nnx.dataclass
+class Chunk(nnx.Module):
+    """The tokens that were appended last, where they are too many for the recent ones: their own queries need them."""
+
+    k: Float[Array, "B K T H"] = nnx.data()
+    v: Float[Array, "B K T H"] = nnx.data()
+    start: Int[Array, "B"] = nnx.data()
+    counts: Int[Array, "B"] = nnx.data()
+
+
+@nnx.dataclass
+class KiviLayer(nnx.Module):
+    """Packed groups of old tokens and a ring of R recent ones: position s is in slot s mod R."""
+
+    groups: Groups | None = nnx.data()  # None where the slots are too few for any
+    k: Float[Array, "B K R H"] = nnx.data()
+    v: Float[Array, "B K R H"] = nnx.data()
+    chunk: Chunk | None = nnx.data()  # between append and attend
+    kind: Kivi = nnx.static(kw_only=True)
+    slots: int = nnx.static(kw_only=True)
+
+    @property
+    def exact_rewind(self) -> int | None:
+        """As many tokens as the ring holds beyond those that a query reads in full precision."""
+        R = self.k.shape[2]
+        return None if self.slots <= R else R - self.kind.residual - self.kind.group
+
+    def append(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        start: Int[Array, "B"],
+        counts: Int[Array, "B"],
+    ) -> "KiviLayer":
+        """Keep each row's first counts[b] new tokens as they are, and pack the groups that they complete."""
+        base, T = self._settled(), k.shape[1]
+        counts = jnp.clip(self.slots - start, 0, counts)
+        chunk = Chunk(
+            k=k.astype(self.k.dtype).transpose(0, 2, 1, 3),
+            v=v.astype(self.v.dtype).transpose(0, 2, 1, 3),
+            start=start,
+            counts=counts,
+        )
+        if base.groups is None:
+            return base._replace(k=write(base.k, chunk.k, start, counts), v=write(base.v, chunk.v, start, counts))
+        base = base._replace(groups=base._packed(chunk))
+        base = base._replace(chunk=chunk)
+        # A few tokens leave in the ring all that their queries read; what many would push out is still needed.
+        return base._settled() if T <= SLACK else base
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        positions: Int[Array, "B T"],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[Float[Array, "B T N H"], "KiviLayer"]:
+        """Attend over the packed groups, a block of them at a time, and over the recent tokens."""
+        if self.groups is None:
+            return attention(q, self.k, self.v, positions, scale=scale, window=window, softcap=softcap), self
+        end = positions.max(axis=1) + 1 if self.chunk is None else self.chunk.start
+        held = _held(end, self.k.shape[2])
+
+        def attend(q: Array, positions: Array, first: Array) -> Array:
+            grouped, boundary = group_heads(q, self.k.shape[1], scale), self.kind.boundary(positions)
+
+            def as_they_are(k, v, slots):
+                seen = visible(positions, slots, window) & (slots[:, None] >= boundary[..., None])
+                return share(grouped, k, v, seen, softcap)
+
+            found = as_they_are(self.k, self.v, held)
+            if self.chunk is not None:
+                found = merge(found, as_they_are(*self._near(first)))
+            return ungroup_heads(merge(found, self._old(grouped, positions, boundary, window, softcap)), q)
+
+        return by_query_blocks(attend, q, positions), self._settled()
+
+    def rewind(self, length: Int[Array, "B"]) -> "KiviLayer":
+        """Nothing to do but to let go of the chunk: what lies past the length is masked, and written again."""
+        return self._settled()
+
+    def _old(self, grouped, positions, boundary, window, softcap):
+        """Return the packed groups' share."""
+        G, M = self.kind.group, self.groups.k.codes.shape[2]
+        size = min(M, max(1, SLOT_BLOCK // G))
+
+        def read(i: Array):
+            start = jnp.minimum(i * size, M - size)
+            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
+            slots = start * G + jnp.arange(size * G)[None]
+            seen = visible(positions, slots, window) & (slots[:, None] < boundary[..., None])
+            # The last block may reach back over groups that the one before it has counted.
+            return *dequantize_groups(jax.tree.map(cut, self.groups), grouped.dtype), seen & (slots >= i * size * G)
+
+        last = -(-boundary.max() // (size * G))
+        first = jnp.int32(0)
+        if window is not None:
+            earliest = jnp.where(positions < 0, M * G, positions).min() - window + 1
+            first = jnp.maximum(earliest, 0) // (size * G)
+        return shares_of_blocks(grouped, read, first, last, softcap)
+
+    def _near(self, first: Array) -> tuple[Array, Array, Array]:
+        """Return the chunk's tokens that a block of queries may read as they are, with their positions."""
+        T, reach = self.chunk.k.shape[2], self.kind.residual + self.kind.group
+        size = min(T, QUERY_BLOCK + reach)
+        begin = jnp.clip(first - reach, 0, T - size)
+        offset = begin + jnp.arange(size)[None]
+        slots = jnp.where(offset < self.chunk.counts[:, None], self.chunk.start[:, None] + offset, -1)
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=size, axis=2)
+        return cut(self.chunk.k), cut(self.chunk.v), slots
+
+    def _packed(self, chunk: Chunk) -> Groups:
+        """Return the groups with those packed that the chunk completes."""
+        G, R, T = self.kind.group, self.k.shape[2], chunk.k.shape[2]
+        B, K, M, H = *self.k.shape[:2], -(-T // G), self.k.shape[3]
+        first = chunk.start // G
+        complete = jnp.where(chunk.counts > 0, (chunk.start + chunk.counts) // G - first, 0)
+        positions = first[:, None] * G + jnp.arange(M * G)
+
+        def pack(_):
+            def tokens(ring, new):
+                old = jnp.take_along_axis(ring, (positions % R)[:, None, :, None], axis=2)
+                return pick(old, new, positions - chunk.start[:, None], chunk.counts).reshape(B, K, M, G, H)
+
+            return quantize_groups(tokens(self.k, chunk.k), tokens(self.v, chunk.v), self.kind.bits)
+
+        def nothing(_):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pack, 0))
+
+        new = pack(0) if T > G else jax.lax.cond((complete > 0).any(), pack, nothing, 0)
+        return jax.tree.map(lambda store, x: write(store, x, first, complete), self.groups, new)
+
+    def _settled(self) -> "KiviLayer":
+        """Return the cache with the chunk's newest tokens in the ring."""
+        if self.chunk is None:
+            return self
+        c, R = self.chunk, self.k.shape[2]
+        if c.k.shape[2] == 1:
+            k, v = (write(ring, new, c.start % R, c.counts) for ring, new in ((self.k, c.k), (self.v, c.v)))
+        else:
+            offset = _held(c.start + c.counts, R) - c.start[:, None]
+            k, v = (pick(ring, new, offset, c.counts) for ring, new in ((self.k, c.k), (self.v, c.v)))
+        return self._replace(k=k, v=v, chunk=None)
+
+    def _replace(self, **changes) -> "KiviLayer":
+        fields = {name: getattr(self, name) for name in type(self).__dataclass_fields__}
+        return KiviLayer(**{**fields, **changes})
+
+
+def _held(end: Int[Array, "B"], size: int) -> Int[Array, "B R"]:
+    """Return the position in each slot of a ring that position end[b] - 1 was the last to enter; negative: none."""
+    last = end[:, None] - 1
+    return last - (last - jnp.arange(size)) % size
