@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, Integer
 from qwix import QArray
 
 RUN = 32  # entries of the last axis packed together: the first half in the low nibbles, the second in the high ones
@@ -66,7 +66,7 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, (QArray, Packed))
 
 
-def pack(codes: Int[Array, "*A I"]) -> Int[Array, "*A J"]:
+def pack(codes: Integer[Array, "*A I"]) -> Integer[Array, "*A J"]:
     """Return 4-bit codes two in a byte; negative ones in two's complement.
 
     Raises:
@@ -77,7 +77,7 @@ def pack(codes: Int[Array, "*A I"]) -> Int[Array, "*A J"]:
     return (low | high << 4).reshape(*codes.shape[:-1], -1)
 
 
-def unpack(values: Int[Array, "*A J"]) -> Int[Array, "*A I"]:
+def unpack(values: Integer[Array, "*A J"]) -> Integer[Array, "*A I"]:
     """Return the nibbles of packed bytes in the order of the weight, 0..15: the inverse of `pack`."""
     half = _half(2 * values.shape[-1])
     runs = values.reshape(*values.shape[:-1], -1, half)
