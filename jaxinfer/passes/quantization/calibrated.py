@@ -1,0 +1,52 @@
+"""What the quantizers that calibrate share: which nodes they round, and what becomes of the token table."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+
+from jaxinfer.models.layers import Embedding, Linear
+from jaxinfer.models.moe import Experts
+from jaxinfer.passes.base import Calibrated
+from jaxinfer.passes.quantization.nodes import QuantizedExperts
+from jaxinfer.passes.quantization.rounding import round_to_nearest
+from jaxinfer.passes.quantization.weights import NOT_ROUTERS, quantize_embedding, quantize_nodes
+from jaxinfer.program import Program
+from jaxinfer.tree import replace, rewrite_by_path, select
+
+round_int8 = jax.jit(round_to_nearest, static_argnums=(1, 2))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibratedWeights(Calibrated):
+    """A pass that rounds the kernels of each layer by what their inputs look like.
+
+    Outside of the layers there is only the token table (and its untied twin), which nothing is measured for.
+    """
+
+    linear: ClassVar[type[Linear]] = Linear  # the nodes that hold rounded kernels
+    experts: ClassVar[type[Experts]] = QuantizedExperts
+    table: ClassVar[type[Embedding] | None] = None
+    where: str = NOT_ROUTERS  # the linear maps to quantize, by path in the layer: attention.qkv.linear
+    skip: str = ""  # of these, the ones to leave alone
+    embedding: bool = True  # the token table too, and an untied unembedding: int8, a scale a row
+
+    def transform(self, program: Program) -> Program:
+        """Visit every layer, then round the token table to nearest."""
+        # Where some layers are mixtures, a pattern may rightly match nothing in the others; but not in all of them.
+        rewrite_by_path(program.model.layers, (Linear, Experts), rf"\d+\.(?:{self.where})", lambda _, node: node)
+        program = super().transform(program)
+        if not self.embedding:
+            return program
+        model = quantize_embedding(program.model, self.table)
+        if isinstance(model.unembed, Linear):
+            head = quantize_nodes([model.unembed], ".*", "", lambda w, n, _: round_int8(w, n, "int8"), self.linear)[0]
+            model = replace(model, unembed=head)
+        return program.replace(model=model)
+
+    def quantize(self, block: Any, round_: Callable[..., Any]) -> Any:
+        """Return a layer with `round_(kernel, inputs, path)` in place of the kernels that the options name."""
+        if not select(block, (Linear, Experts), self.where):
+            return block
+        return quantize_nodes(block, self.where, self.skip, round_, self.linear, self.experts)
