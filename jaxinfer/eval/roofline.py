@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import os
+import platform
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +54,19 @@ class Machine:
         """Return one line for people."""
         rates = f"{self.bandwidth / 1e9:.0f} GB/s, {self.flops / 1e12:.4g} TFLOP/s in {self.dtype}"
         return f"{self.kind}: {rates} ({self.source})"
+
+
+def device_name() -> str:
+    """Return how many devices of which kind JAX runs on; of a CPU, the processor's name and cores."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {kind}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or kind}"
 
 
 @functools.cache

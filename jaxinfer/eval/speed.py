@@ -26,12 +26,12 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """A speed over rounds: median, 10th and 90th percentile, and how it compares with the baseline's."""
+    """A speed, or a time, over rounds: median, 10th and 90th percentile, and how it compares with the baseline's."""
 
     median: float
     p10: float
     p90: float
-    ratio: float  # median over rounds of ours / the baseline's in the same round; above 1 is faster
+    ratio: float  # median of how many times as fast as the baseline it was in the same round
     ratio_p10: float
     ratio_p90: float
 
@@ -67,8 +67,12 @@ def measure_speed(
 
 def rate(of: Sequence[float], baseline: Sequence[float]) -> Rate:
     """Return the summary of speeds (larger is better), and of their ratios to the baseline's, round by round."""
-    ratios = [a / b for a, b in zip(of, baseline, strict=True)]
-    return Rate(*_spread(of), *_spread(ratios))
+    return Rate(*_spread(of), *_spread([a / b for a, b in zip(of, baseline, strict=True)]))
+
+
+def latency(of: Sequence[float], baseline: Sequence[float]) -> Rate:
+    """Return the summary of times (smaller is better), and how many times as fast as the baseline's, round by round."""
+    return Rate(*_spread(of), *_spread([b / a for a, b in zip(of, baseline, strict=True)]))
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:
