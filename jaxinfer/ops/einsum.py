@@ -6,7 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.ops.quantized import Quantized, codes, dequantize, is_quantized
 
@@ -74,7 +74,7 @@ def _flatten(eq: str, x: Array, kernel_shape: tuple[int, ...]) -> tuple[Array, t
     return x.reshape(-1, math.prod(x.shape[2:])), outputs
 
 
-def _dot(rows: Array, matrix: Array, first: bool, sums: jnp.dtype = jnp.float32) -> Array:
+def _dot(rows: Array, matrix: Array, first: bool, sums: DTypeLike = jnp.float32) -> Array:
     """Return `rows @ matrix` (or its transpose, outputs first) with sums of the given type."""
     contract = functools.partial(
         jax.lax.dot_general,

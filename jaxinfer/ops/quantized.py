@@ -34,9 +34,9 @@ class Packed:
     means: "int4" is -8..7, "uint4" 0..15, "nf4" an index into `NF4`; "int8" takes a whole byte.
     """
 
-    values: Array  # uint8 [..., I / 2], or int8 [..., I]
-    scale: Array  # float [..., I / group]
-    offset: Array | None  # like scale: the weight that code 0 stands for
+    values: Any  # uint8 [..., I / 2], or int8 [..., I]
+    scale: Any  # float [..., I / group]
+    offset: Any  # None, or like scale: the weight that code 0 stands for
     qtype: str = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)  # the float dtype that it stands for
 

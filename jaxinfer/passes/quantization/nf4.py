@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 
 from jaxinfer.passes.base import About
-from jaxinfer.passes.quantization.rounding import check_group, round_to_nearest
+from jaxinfer.passes.quantization.rounding import fit_group, round_to_nearest
 from jaxinfer.passes.quantization.weights import WeightOnly
 
 _round = jax.jit(round_to_nearest, static_argnums=(1, 2, 3, 4))
@@ -24,10 +24,10 @@ class NF4(WeightOnly):
         bound=0.15,
         takes="kernels",
     )
-    group: int = 64  # inputs that share a scale
+    group: int = 64  # inputs that share a scale; where it does not divide them, the largest divisor below it
     clip: bool = False  # search the range that rounds with the least squared error
 
     def round(self, kernel, inputs, path):
         """Return the leaf of one kernel."""
-        check_group(self.group, kernel.shape, inputs, path)
-        return _round(kernel, inputs, "nf4", self.group, self.clip)
+        group = fit_group(self.group, kernel.shape, inputs, path)
+        return _round(kernel, inputs, "nf4", group, self.clip)

@@ -101,16 +101,22 @@ def round_to_nearest(
     return leaf(encode(flat, scale, offset, qtype), scale, offset, qtype, w.shape, inputs, w.dtype)
 
 
-def check_group(group: int, shape: tuple[int, ...], inputs: int, path: str) -> None:
-    """Raise InputError where groups of this size do not tile the inputs of a weight."""
+def fit_group(group: int, shape: tuple[int, ...], inputs: int, path: str) -> int:
+    """Return the group size for a weight: `group`, or the largest one below it that tiles the weight's inputs.
+
+    Raises:
+        InputError: the size is below 2, or the inputs have no divisor of 8 or more that is not above it.
+    """
     axes = shape[len(shape) - inputs :]
     total = math.prod(axes)
-    if group < 2 or total % group or not _fits(axes, total // group):
-        sizes = [g for g in (16, 32, 64, 128, 256) if total % g == 0 and _fits(axes, total // g)]
+    fit = next((g for g in range(min(group, total), 1, -1) if total % g == 0 and _fits(axes, total // g)), 0)
+    if fit < min(group, 8) or group < 2:
+        sizes = [g for g in range(8, total + 1) if total % g == 0 and _fits(axes, total // g)]
         raise InputError(
-            f"group={group}: does not divide the {' x '.join(map(str, axes))} inputs of {path}; "
-            f"sizes that do: {', '.join(map(str, sizes)) or 'none of the usual ones'}"
+            f"group={group}: nothing near it divides the {' x '.join(map(str, axes))} inputs of {path}; "
+            f"sizes that do: {', '.join(map(str, sizes[:8])) or 'none'}"
         )
+    return fit
 
 
 def _fits(axes: tuple[int, ...], count: int) -> bool:
