@@ -14,6 +14,9 @@ from typing import Any
 
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.passes.base import Calibrated, Technique, option_fields
+from jaxinfer.passes.kv_cache.fp8 import KVFP8
+from jaxinfer.passes.kv_cache.int8 import KVInt8
+from jaxinfer.passes.kv_cache.kivi import KVInt4
 from jaxinfer.passes.quantization.fp8 import FP8
 from jaxinfer.passes.quantization.int4 import Int4
 from jaxinfer.passes.quantization.int8 import Int8
@@ -27,6 +30,9 @@ PASSES: dict[str, type[Technique]] = {
     "nf4": NF4,
     "fp8": FP8,
     "w8a8": W8A8,
+    "kv_int8": KVInt8,
+    "kv_fp8": KVFP8,
+    "kv_int4": KVInt4,
 }
 Spec = str | tuple[str, Mapping[str, Any]] | Technique
 

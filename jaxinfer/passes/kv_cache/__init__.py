@@ -1,0 +1,1 @@
+"""Caches of keys and values that take fewer bytes a token."""
