@@ -21,6 +21,7 @@ from jaxinfer.models.config import config_from_dict, config_to_dict
 from jaxinfer.models.transformer import Transformer, abstract
 from jaxinfer.passes import apply
 from jaxinfer.passes.layout import apply_layouts
+from jaxinfer.passes.quantization.file_blocks import held_blocks, hold_blocks
 from jaxinfer.paths import cache_dir
 from jaxinfer.program import Program
 from jaxinfer.text.tokenizer import Tokenizer
@@ -28,11 +29,17 @@ from jaxinfer.text.tokenizer import Tokenizer
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(name_or_path: str | os.PathLike, dtype: DTypeLike | None = None, progress: bool = False) -> Program:
+def load(
+    name_or_path: str | os.PathLike,
+    dtype: DTypeLike | None = None,
+    progress: bool = False,
+    keep_quantized: bool = False,
+) -> Program:
     """Load a model by name, path or hub repository, ready to run.
 
     A path is a Hugging Face directory (safetensors), a .safetensors or .gguf file, or what `save` wrote. Without
     `dtype`, dtype and weight layout are what this device ran fastest when it was measured (`jaxinfer info` shows it).
+    `keep_quantized` leaves the Q8_0, Q4_0 and Q4_1 weights of a GGUF file as they are: its bytes, and its numbers.
 
     Raises:
         InputError: the model is not found, damaged, or of an unsupported kind; the message names file, constraint, fix.
@@ -41,12 +48,28 @@ def load(name_or_path: str | os.PathLike, dtype: DTypeLike | None = None, progre
     path = resolve(name_or_path)
     dtype = None if dtype is None else _check_dtype(dtype)
     if orbax.is_saved(path):
+        if keep_quantized:
+            raise InputError(
+                f"{path}: keep_quantized is for GGUF files, and a saved program stays as it is: leave it out"
+            )
         return _restore(path, dtype)
     source = open_source(path)
+    if keep_quantized and not any(entry.qtype for entry in source.entries.values()):
+        kinds = ", ".join(sorted({entry.dtype for entry in source.entries.values()}))
+        raise InputError(
+            f"{path}: keep_quantized is for GGUF files with Q8_0, Q4_0 or Q4_1 tensors, this has {kinds}; leave it out"
+        )
     choice = device.choose(source.config, dtype)
     model = assemble(
-        abstract(source.config, choice.dtype), source.config, source.entries, source.names, path=path, progress=progress
+        abstract(source.config, choice.dtype),
+        source.config,
+        source.entries,
+        source.names,
+        path=path,
+        progress=progress,
+        keep=hold_blocks if keep_quantized else None,
     )
+    blocks = held_blocks(model)
     model = lay_out(model, choice.layouts)
     return Program(
         model=model,
@@ -54,6 +77,7 @@ def load(name_or_path: str | os.PathLike, dtype: DTypeLike | None = None, progre
         stop_ids=source.stop_ids,
         sampling=source.sampling,
         layouts=choice.layouts,
+        blocks=blocks,
         name=os.fspath(name_or_path),
     )
 
@@ -88,6 +112,7 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
         "config": config_to_dict(program.config),
         "dtype": str(program.model.embed.table.dtype),
         "layouts": list(program.layouts),
+        "blocks": dict(program.blocks),
         "passes": [[name, dict(options)] for name, options in program.passes],
         "stop_ids": list(program.stop_ids),
         "sampling": dict(program.sampling),
@@ -99,6 +124,8 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
 def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
     metadata = orbax.read_metadata(path)
     model = abstract(config_from_dict(metadata["config"]), dtype or metadata["dtype"])
+    if blocks := metadata.get("blocks", {}):
+        model = hold_blocks(model, blocks)
     model.layers[:] = [apply_layouts(block, metadata["layouts"]) for block in model.layers]
     program = Program(
         model=model,
@@ -106,6 +133,7 @@ def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
         stop_ids=tuple(metadata["stop_ids"]),
         sampling=metadata["sampling"],
         layouts=tuple(metadata["layouts"]),
+        blocks=blocks,
         name=metadata["name"],
     )
     # The passes on a tree of shapes give the tree that was saved: packed leaves, other nodes, other caches.

@@ -18,6 +18,7 @@ class Program:
     stop_ids: tuple[int, ...] = ()  # tokens that end a generation
     sampling: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what the checkpoint recommends
     layouts: tuple[str, ...] = ()  # how the weights lie, see passes.layout.LAYOUTS
+    blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # leaves kept as a file's blocks: their qtypes
     passes: tuple[tuple[str, Mapping[str, object]], ...] = ()  # what was applied, in order, with all options
     name: str = ""  # where it came from, for people
 

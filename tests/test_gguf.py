@@ -12,8 +12,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf_blocks import DECODE, decode, random_blocks
 from gguf_files import default_tensors, pack_entry, pack_gguf, pack_string, pack_tensor, write_gguf
 
-from jaxinfer.checkpoint.gguf import entries
 from jaxinfer.checkpoint.gguf_header import read_header
+from jaxinfer.checkpoint.gguf_tensors import entries
 from jaxinfer.errors import InputError
 
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9

@@ -9,8 +9,9 @@ from gguf_files import default_tensors, pack_entry, pack_gguf, pack_string, pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.checkpoint.gguf import config_from_gguf, entries
+from jaxinfer.checkpoint.gguf import config_from_gguf
 from jaxinfer.checkpoint.gguf_header import read_header
+from jaxinfer.checkpoint.gguf_tensors import entries
 from jaxinfer.errors import InputError
 from jaxinfer.text.gguf_tokenizer import tokenizer_from_gguf
 

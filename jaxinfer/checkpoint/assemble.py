@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,10 +15,12 @@ from jaxinfer.checkpoint.base import Entry
 from jaxinfer.checkpoint.names import NameTable, Rule
 from jaxinfer.errors import InputError
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.ops.quantized import Packed, is_quantized, nbytes
 from jaxinfer.tree import path_of
 
 Tree = TypeVar("Tree")
 ShardingOf = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+Keep = Callable[[Tree, Mapping[str, str]], Tree]
 
 WORKERS = 4  # reading overlaps with transposing and casting; numpy releases the interpreter lock in all three
 SHOWN = 10  # names listed of each kind of misfit
@@ -29,9 +31,15 @@ class _Job:
     """One leaf and the stored tensors that make it: several where each expert is stored on its own."""
 
     path: str
-    leaf: jax.ShapeDtypeStruct
+    leaf: jax.ShapeDtypeStruct | Packed  # a Packed of shapes where the blocks of the file are kept
     rule: Rule
     entries: tuple[Entry, ...]
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of `Packed` that the leaf could stay; None where it has to be dequantized."""
+        kinds = {entry.qtype for entry in self.entries}
+        return kinds.pop() if len(kinds) == 1 and self.rule.transform.rows is not None else None
 
     @property
     def piece(self) -> tuple[int, ...]:
@@ -41,7 +49,9 @@ class _Job:
     @property
     def working_bytes(self) -> int:
         """Host memory while the leaf is in flight: the leaf itself and one entry as read, at most in float32."""
-        return math.prod(self.leaf.shape) * self.leaf.dtype.itemsize + 4 * math.prod(self.entries[0].shape)
+        if is_quantized(self.leaf):
+            return nbytes(self.leaf) + 2 * self.entries[0].nbytes  # as read, and its codes or rows put in order
+        return nbytes(self.leaf) + 4 * math.prod(self.entries[0].shape)
 
 
 def assemble(
@@ -53,6 +63,7 @@ def assemble(
     path: Path,
     sharding_of: ShardingOf | None = None,
     progress: bool = False,
+    keep: Keep | None = None,
 ) -> Tree:
     """Return `abstract` with its `jax.ShapeDtypeStruct` leaves replaced by the arrays stored in `entries`.
 
@@ -60,12 +71,20 @@ def assemble(
     default device without it). Names and shapes are settled from the headers before any byte is read. Leaves are then
     loaded largest first, a few at a time: host memory stays near the size of the model in its final dtype.
 
+    `keep(abstract, kinds)` is told the kind of `Packed` that each leaf could stay, by its path, and returns the tree
+    with such leaves where it wants them, outputs first: they take the blocks of the file as they are.
+
     Raises:
       InputError: tensors are missing, unexpected or misshapen (all of them in one message), or one holds a value that
         is not finite in the leaf's dtype.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     jobs = _match([(path_of(keys), leaf) for keys, leaf in leaves], config, entries, names, path)
+    if keep is not None:
+        abstract = keep(abstract, {job.path: kind for job in jobs if (kind := job.kind) is not None})
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_quantized)
+        wanted = {path_of(keys): leaf for keys, leaf in leaves}
+        jobs = [dataclasses.replace(job, leaf=wanted[job.path]) for job in jobs]
     arrays = _stream(jobs, path, sharding_of, progress)
     return jax.tree.unflatten(treedef, [arrays[path_of(keys)] for keys, _ in leaves])
 
@@ -137,13 +156,13 @@ def _stored_names(rule: Rule, layer: str, leaf: jax.ShapeDtypeStruct) -> list[st
     return [name.replace("{e}", str(e)) for e in range(leaf.shape[0])] if "{e}" in name else [name]
 
 
-def _stream(jobs: list[_Job], path: Path, sharding_of: ShardingOf | None, progress: bool) -> dict[str, jax.Array]:
+def _stream(jobs: list[_Job], path: Path, sharding_of: ShardingOf | None, progress: bool) -> dict[str, Any]:
     """Load the largest leaves first, so that their temporaries exist before the rest of the model does."""
     jobs = sorted(jobs, key=lambda job: -job.working_bytes)
-    total = sum(math.prod(job.leaf.shape) * job.leaf.dtype.itemsize for job in jobs)
+    total = sum(nbytes(job.leaf) for job in jobs)
     budget = total // 8  # a leaf above it is loaded alone
-    arrays: dict[str, jax.Array] = {}
-    in_flight: dict[Future[jax.Array], _Job] = {}
+    arrays: dict[str, Any] = {}
+    in_flight: dict[Future, _Job] = {}
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {path.name}", disable=not progress)
 
     def used() -> int:
@@ -153,7 +172,7 @@ def _stream(jobs: list[_Job], path: Path, sharding_of: ShardingOf | None, progre
         for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
             job = in_flight.pop(future)
             arrays[job.path] = future.result()
-            bar.update(arrays[job.path].nbytes)
+            bar.update(nbytes(job.leaf))
 
     with bar, ThreadPoolExecutor(WORKERS) as pool:
         for job in jobs:
@@ -165,20 +184,32 @@ def _stream(jobs: list[_Job], path: Path, sharding_of: ShardingOf | None, progre
     return arrays
 
 
-def _load(job: _Job, path: Path, sharding_of: ShardingOf | None) -> jax.Array:
-    host = _aligned_empty(job.leaf.shape, job.leaf.dtype)
-    pieces = host if job.piece != job.leaf.shape else host[None]
-    for piece, entry in zip(pieces, job.entries, strict=True):
+def _load(job: _Job, path: Path, sharding_of: ShardingOf | None) -> jax.Array | Packed:
+    kept = is_quantized(job.leaf)
+    shapes = jax.tree.leaves(job.leaf)  # one, or the codes, the scales and perhaps the offsets
+    host = [_aligned_empty(shape.shape, shape.dtype) for shape in shapes]
+    stacked = "{e}" in job.rule.pattern
+    for i, entry in enumerate(job.entries):
+        pieces = [part[i] if stacked else part for part in host]
         with np.errstate(over="ignore", invalid="ignore"):  # an overflow is caught below, with its name
-            piece[...] = job.rule.transform.apply(entry.read(), job.piece)
-        if not _all_finite(piece):
+            stored = jax.tree.leaves(entry.blocks()) if kept else [entry.read()]
+            for piece, part in zip(pieces, stored, strict=True):
+                if kept:
+                    piece[...] = job.rule.transform.rows(part, job.piece).reshape(piece.shape)
+                else:
+                    piece[...] = job.rule.transform.apply(part, job.piece)
+        if not all(_all_finite(piece) for piece in pieces if piece.dtype not in (np.int8, np.uint8)):
+            dtype = "blocks" if kept else job.leaf.dtype
             raise InputError(
-                f"{path}: tensor {entry.name!r} ({entry.dtype}) has a NaN or infinite value as {job.leaf.dtype}; "
+                f"{path}: tensor {entry.name!r} ({entry.dtype}) has a NaN or infinite value as {dtype}; "
                 "every weight must be finite: fetch the file again, or load it in a wider dtype"
             )
-    array = jax.device_put(host, sharding_of(job.path, job.leaf) if sharding_of else None)
+    arrays = [
+        jax.device_put(part, sharding_of(job.path, shape) if sharding_of else None)
+        for part, shape in zip(host, shapes, strict=True)
+    ]
     # The copy to an accelerator is asynchronous: wait, so that the host copy is gone before the next leaf starts.
-    return array.block_until_ready()
+    return jax.tree.unflatten(jax.tree.structure(job.leaf), jax.block_until_ready(arrays))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

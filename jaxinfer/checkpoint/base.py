@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.names import NameTable
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.ops.quantized import Packed
 from jaxinfer.text.tokenizer import Tokenizer
 
 
@@ -20,6 +21,8 @@ class Entry:
     dtype: str  # as stored: "float32", "bfloat16", "Q4_1", ...
     nbytes: int  # bytes in the file
     read: Callable[[], np.ndarray]  # float16, bfloat16 or float32; blocks come dequantized to float32
+    blocks: Callable[[], Packed] | None = None  # the same in numpy arrays as it is stored, where a model can hold that
+    qtype: str | None = None  # and what kind of `Packed` that is
 
 
 @dataclasses.dataclass(frozen=True)

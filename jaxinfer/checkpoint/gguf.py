@@ -1,29 +1,23 @@
-"""A GGUF file as a model's configuration and its tensors.
+"""A GGUF file's metadata as a model's configuration.
 
 Two things are left to the name table, because they concern single leaves: files of the "llama" architecture hold the
 rows of q and k with rotary pairs side by side, and Gemma's norms have the one added to their weights already.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
-from gguf.quants import dequantize
 
-from jaxinfer.checkpoint.base import Entry
 from jaxinfer.checkpoint.gguf_header import Header, TensorInfo
+from jaxinfer.checkpoint.gguf_tensors import read_tensor
 from jaxinfer.checkpoint.hf_keys import REQUIRED, Keys
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.config import ModelConfig, MoeConfig
 from jaxinfer.ops.rope import RopeConfig
 
-_PLAIN = {Type.F32: np.dtype(np.float32), Type.F16: np.dtype(np.float16), Type.BF16: np.dtype(ml_dtypes.bfloat16)}
-_BLOCKS = (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 _FAMILIES = {
     "llama": "llama",  # Mistral and SmolLM2 too; Mixtral where it has experts
     "qwen2": "qwen2",
@@ -190,7 +184,7 @@ def _llama3_rope(info: TensorInfo, path: Path, theta: float, head_dim: int) -> R
             f"{path}: tensor 'rope_freqs.weight' is {info.type.name} of shape {info.shape}, "
             f"expected F32 of shape ({head_dim // 2},); {fix}"
         )
-    divisors = _read(info, path)
+    divisors = read_tensor(info, path)
     factor = float(divisors.max())
     if (divisors == 1.0).all():
         return RopeConfig(theta=theta)
@@ -205,38 +199,3 @@ def _llama3_rope(info: TensorInfo, path: Path, theta: float, head_dim: int) -> R
     return RopeConfig(
         theta=theta, kind="llama3", factor=factor, original_context=original, low_freq_factor=low, high_freq_factor=high
     )
-
-
-def entries(header: Header, path: str | Path) -> dict[str, Entry]:
-    """Return the tensors of the file at `path` by name; nothing is read before an entry's `read()`.
-
-    `read()` brings one tensor's bytes into memory: F32, F16 and BF16 come as they are stored, the blocks of Q8_0, Q4_0,
-    Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K dequantized to float32.
-
-    Raises InputError for a tensor of any other type; `read()` does where the file has been cut or removed since.
-    """
-    path = Path(path)
-    out = {}
-    for name, info in header.tensors.items():
-        if info.type not in _PLAIN and info.type not in _BLOCKS:
-            known = ", ".join(t.name for t in (*_PLAIN, *_BLOCKS))
-            raise InputError(f"{path}: tensor {name!r:.80} is of type {info.type.name}; convert it to one of {known}")
-        dtype = _PLAIN[info.type].name if info.type in _PLAIN else info.type.name
-        read: Callable[[], np.ndarray] = partial(_read, info, path)
-        out[name] = Entry(name, info.shape, dtype, info.nbytes, read)
-    return out
-
-
-def _read(info: TensorInfo, path: Path) -> np.ndarray:
-    dtype = _PLAIN.get(info.type, np.dtype(np.uint8))
-    try:
-        # read, not mapped: a mapping of a file that is cut later would end the process
-        stored = np.fromfile(path, dtype, info.nbytes // dtype.itemsize, offset=info.offset)
-    except OSError as e:
-        raise InputError(f"{path}: cannot read tensor {info.name!r:.80} ({e.strerror}); open the file again") from None
-    if stored.nbytes != info.nbytes:
-        raise InputError(f"{path}: tensor {info.name!r:.80} ends after the file does, which was cut; download it again")
-    if info.type in _PLAIN:
-        return stored.reshape(info.shape)
-    with np.errstate(all="ignore"):  # a damaged scale gives inf or nan, which is for the caller to see
-        return dequantize(stored.reshape(*info.shape[:-1], -1), info.type).reshape(info.shape)

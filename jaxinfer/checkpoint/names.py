@@ -21,11 +21,14 @@ class Transform:
     """From a stored array to a leaf's layout (one expert's slice of it where the rule has `{e}`).
 
     `stored` gives the shape that the file must hold for a leaf of the given shape, so that shapes are checked from
-    headers alone; `apply` takes the stored array and the leaf's shape, and may return a view.
+    headers alone; `apply` takes the stored array and the leaf's shape, and may return a view. `rows`, where the file
+    has a row for each output, brings these rows (of whatever they consist) into the order of a leaf that is stored
+    outputs first, and takes that leaf's shape.
     """
 
     stored: Callable[[Shape], Shape]
     apply: Callable[[np.ndarray, Shape], np.ndarray]
+    rows: Callable[[np.ndarray, Shape], np.ndarray] | None = None
 
 
 def _unpermute_rows(w: np.ndarray, heads: int) -> np.ndarray:
@@ -38,16 +41,26 @@ def _rows_to_heads(w: np.ndarray, leaf: Shape) -> np.ndarray:
     return w.T.reshape(leaf)
 
 
-SAME = Transform(lambda s: s, lambda w, s: w)
+def _as_it_is(w: np.ndarray, leaf: Shape) -> np.ndarray:
+    return w
+
+
+SAME = Transform(lambda s: s, _as_it_is, _as_it_is)
 # Gemma multiplies by (1 + w); the sum is taken in float32, so bfloat16 storage loses nothing.
 ONE_PLUS = Transform(lambda s: s, lambda w, s: w.astype(np.float32) + 1.0)
-TRANSPOSE = Transform(lambda s: s[::-1], lambda w, s: w.T)  # [out, in] -> [in, out]
-HEADS_OUT = Transform(lambda s: (s[1] * s[2], s[0]), _rows_to_heads)  # [N*H, D] -> [D, N, H]
-HEADS_IN = Transform(lambda s: (s[2], s[0] * s[1]), _rows_to_heads)  # [D, N*H] -> [N, H, D]
+TRANSPOSE = Transform(lambda s: s[::-1], lambda w, s: w.T, _as_it_is)  # [out, in] -> [in, out]
+HEADS_OUT = Transform(lambda s: (s[1] * s[2], s[0]), _rows_to_heads, _as_it_is)  # [N*H, D] -> [D, N, H]
+HEADS_IN = Transform(lambda s: (s[2], s[0] * s[1]), _rows_to_heads, _as_it_is)  # [D, N*H] -> [N, H, D]
 HEADS_BIAS = Transform(lambda s: (s[0] * s[1],), lambda w, s: w.reshape(s))  # [N*H] -> [N, H]
-ROTARY_HEADS_OUT = Transform(HEADS_OUT.stored, lambda w, s: _rows_to_heads(_unpermute_rows(w, s[1]), s))
+ROTARY_HEADS_OUT = Transform(
+    HEADS_OUT.stored,
+    lambda w, s: _rows_to_heads(_unpermute_rows(w, s[1]), s),
+    lambda w, s: _unpermute_rows(w, s[0]),
+)
 ROTARY_HEADS_BIAS = Transform(HEADS_BIAS.stored, lambda w, s: _unpermute_rows(w, s[0]).reshape(s))
-EXPERTS = Transform(lambda s: (s[0], s[2], s[1]), lambda w, s: w.swapaxes(1, 2))  # [E, out, in] -> [E, in, out]
+EXPERTS = Transform(
+    lambda s: (s[0], s[2], s[1]), lambda w, s: w.swapaxes(1, 2), _as_it_is
+)  # [E, out, in] -> [E, in, out]
 # One stored [E, 2F, D] holds the gate's rows, then the up projection's.
 EXPERTS_GATE_HALF = Transform(lambda s: (s[0], 2 * s[2], s[1]), lambda w, s: w[:, : s[2]].swapaxes(1, 2))
 EXPERTS_UP_HALF = Transform(lambda s: (s[0], 2 * s[2], s[1]), lambda w, s: w[:, s[2] :].swapaxes(1, 2))

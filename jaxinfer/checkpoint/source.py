@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxinfer.checkpoint import gguf, hf_config, safetensors_files
+from jaxinfer.checkpoint import gguf, gguf_tensors, hf_config, safetensors_files
 from jaxinfer.checkpoint.base import Source
 from jaxinfer.checkpoint.gguf_header import read_header
 from jaxinfer.checkpoint.hf_keys import read_json
@@ -50,4 +50,4 @@ def _open_gguf(path: Path) -> Source:
     tokenizer = tokenizer_from_gguf(header.metadata, path) if "tokenizer.ggml.model" in header.metadata else None
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     stop_ids = tuple(dict.fromkeys(int(header.metadata[k]) for k in keys if k in header.metadata))
-    return Source(path, config, gguf.entries(header, path), gguf_names(config), tokenizer, stop_ids, {})
+    return Source(path, config, gguf_tensors.entries(header, path), gguf_names(config), tokenizer, stop_ids, {})

@@ -21,6 +21,7 @@ from jaxinfer.errors import InputError
 from jaxinfer.eval.scoring import Pair, score_each
 from jaxinfer.eval.tasks import encode_pair
 from jaxinfer.generation import decode_text, tokenizer_of
+from jaxinfer.passes import apply
 from jaxinfer.program import Program
 from jaxinfer.session import Session
 
@@ -197,10 +198,6 @@ def _require() -> None:
 def _with_passes(program: Program, passes: str | Sequence[str]) -> Program:
     if isinstance(passes, str):
         passes = [spec.replace(";", ",") for spec in passes.split("+") if spec]
-    if not passes:
-        return program
-    from jaxinfer.passes import apply  # most users have none
-
     return apply(program, *passes)
 
 

@@ -4,6 +4,7 @@ Lossless. It pays where one row is multiplied and the call itself costs (decode 
 shards heads wants the parts separate, so it is applied for one device, at load.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxinfer.models.layers import Linear
 from jaxinfer.models.transformer import QKV, GateUp
+from jaxinfer.ops.quantized import is_quantized
 from jaxinfer.passes.layout.turn import turn
 from jaxinfer.tree import rewrite, select
 
@@ -41,28 +43,47 @@ class FusedGateUp(nnx.Module):
 
 
 def fuse(tree: Any) -> Any:
-    """Return the tree with its q, k, v and its gate and up projections fused; abstract trees work too."""
+    """Return the tree with its q, k, v and its gate and up projections fused; abstract trees work too.
+
+    Quantized kernels are fused where they are of one kind, and stay separate where they are not.
+    """
     if select(tree, QKV):
         tree = rewrite(tree, QKV, ".*", _fuse_qkv)
     if select(tree, GateUp):  # a mixture of experts has none
-        tree = rewrite(tree, GateUp, ".*", lambda n: FusedGateUp(_side_by_side([n.gate, n.up])))
+        tree = rewrite(tree, GateUp, ".*", _fuse_gate_up)
     return tree
 
 
-def _fuse_qkv(node: QKV) -> FusedQKV:
+def _fuse_qkv(node: QKV) -> QKV | FusedQKV:
+    linear = _side_by_side([node.q, node.k, node.v])
     kv_heads = node.k.kernel.shape[node.k.axes.index("kv_heads")]
-    return FusedQKV(_side_by_side([node.q, node.k, node.v]), num_kv_heads=kv_heads)
+    return node if linear is None else FusedQKV(linear, num_kv_heads=kv_heads)
 
 
-def _side_by_side(parts: list[Linear]) -> Linear:
-    parts = [turn(p, inputs_first=True) for p in parts]
-    first = parts[0]
-    kernel = _concatenate([p.kernel for p in parts], axis=1)  # the axis of heads, or of the mlp's width
+def _fuse_gate_up(node: GateUp) -> GateUp | FusedGateUp:
+    linear = _side_by_side([node.gate, node.up])
+    return node if linear is None else FusedGateUp(linear)
+
+
+def _side_by_side(parts: list[Linear]) -> Linear | None:
+    """Return one map with the outputs of all; None where their kernels are stored in different ways."""
+    quantized = any(is_quantized(p.kernel) for p in parts)
+    if quantized and len({_kind(p.kernel) for p in parts}) > 1:
+        return None
+    # Quantized kernels have their outputs first, and the groups that share a scale along their inputs.
+    parts = [turn(p, inputs_first=not quantized) for p in parts]
+    first, axis = parts[0], 0 if quantized else 1  # the axis of heads, or of the mlp's width
+    kernel = jax.tree.map(lambda *leaves: _concatenate(leaves, axis), *(p.kernel for p in parts))
     bias = None if first.bias is None else _concatenate([p.bias for p in parts], axis=0)
     return Linear(kernel, bias=bias, eq=first.eq, axes=first.axes)
 
 
-def _concatenate(leaves: list, axis: int):
+def _kind(kernel: Any) -> tuple:
+    """Return what quantized kernels must have in common to be put side by side: everything but their outputs."""
+    return jax.tree.structure(kernel), *(part.shape[1:] for part in jax.tree.leaves(kernel))
+
+
+def _concatenate(leaves: Sequence, axis: int):
     host = isinstance(leaves[0], np.ndarray)
     join = lambda *xs: (np if host else jnp).concatenate(xs, axis=axis)  # noqa: E731
     abstract = isinstance(leaves[0], jax.ShapeDtypeStruct)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from jaxinfer.models.layers import Linear
+from jaxinfer.ops.quantized import is_quantized
 from jaxinfer.passes.layout.turn import letters, turn
 from jaxinfer.tree import rewrite
 
@@ -17,6 +18,8 @@ def long_last(tree: Any) -> Any:
 
 
 def _long_last(linear: Linear) -> Linear:
+    if is_quantized(linear.kernel):
+        return linear  # always outputs first: the groups that share a scale lie along the inputs
     inner, outer = letters(linear)
     kernel = linear.eq.split("->")[0].split(",")[1]
     size = dict(zip(kernel, linear.kernel.shape, strict=True))
