@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 import jaxinfer
-from jaxinfer.cli import apply, chat, evaluate, generate, info, interrupt, passes
+from jaxinfer.cli import apply, chat, compare, evaluate, generate, info, interrupt, passes
 from jaxinfer.errors import InputError
 
 _INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
@@ -19,6 +19,7 @@ _COMMANDS = {
     "info": info,
     "passes": passes,
     "apply": apply,
+    "compare": compare,
 }
 _EPILOG = "jaxinfer COMMAND --help tells a command's options"
 

@@ -18,36 +18,13 @@ from jaxinfer.errors import InputError
 from jaxinfer.eval import roofline, size, speed, tasks
 from jaxinfer.eval.agreement import Mean, Reference
 from jaxinfer.eval.journal import fingerprint
-from jaxinfer.eval.results import Results, Row
+from jaxinfer.eval.results import BASELINE, TASKS, Results, Row, Settings, Variant
 from jaxinfer.generation import tokenizer_of
 from jaxinfer.passes import apply, parse
 from jaxinfer.program import Program
 
-BASELINE = "baseline"
-TASKS = ("perplexity", "lambada", "hellaswag")
+_DEFAULTS = Settings()
 _PACKAGES = ("jaxinfer", "jax", "jaxlib")
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A name for the table, and the passes (as `apply` takes them in text) that make it from the baseline."""
-
-    name: str
-    passes: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the numbers depend on besides model and data; a comparison is only continued with the same ones."""
-
-    window: int = 512  # tokens of text that are predicted together
-    max_tokens: int | None = None  # of the text, from its beginning
-    limit: int | None = None  # rows of each task
-    batch_size: int = 8  # windows or questions at a time
-    prompt_tokens: int = 512  # of the timed prompt
-    decode_tokens: int = 64  # new tokens after it
-    rounds: int = 5  # timed, after one that compiles
-    seed: int = 0  # draws the timed prompt where there is no text to take it from
 
 
 def compare(
@@ -56,7 +33,7 @@ def compare(
     data: Mapping[str, Any],
     out: str | Path,
     *,
-    settings: Settings = Settings(),
+    settings: Settings = _DEFAULTS,
     calibration: Any = None,
     command: str | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -66,13 +43,13 @@ def compare(
 
     `data` has for each task what to measure it on: a text or token ids for "perplexity" (from which KL and agreement
     with the baseline come too), rows for "lambada" and "hellaswag". A variant that fails, out of memory too, is a row
-    that says why. Variants that the file has already, measured with the same settings, are not measured again.
+    that says why. A variant that the file has already is not measured again, unless it failed.
 
     Raises:
         InputError: a misspelt pass or option, two variants of one name, a file made with other settings; or what the
             baseline itself raises.
     """
-    _check(variants, data)
+    check(variants, data)
     run = _Run(program, data, settings, calibration, note, progress)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +57,7 @@ def compare(
     wanted = [Variant(BASELINE, ()), *variants]
     for i, variant in enumerate(wanted, 1):
         row = results.rows.get(variant.name)
-        if row is not None:
+        if row is not None and row["status"] == "ok":
             if tuple(row["passes"]) != variant.passes:
                 raise InputError(
                     f"{results.path}: {variant.name!r} is {' '.join(row['passes'])} there, now it is "
@@ -97,7 +74,8 @@ def compare(
     return [results.rows[variant.name] for variant in wanted]
 
 
-def _check(variants: Sequence[Variant], data: Mapping[str, Any]) -> None:
+def check(variants: Sequence[Variant], data: Mapping[str, Any]) -> None:
+    """Raise InputError for a task or a pass that does not exist, or names that are not each variant's own."""
     if unknown := [name for name in data if name not in TASKS]:
         raise InputError(f"no task {unknown[0]!r}: there are {', '.join(TASKS)}")
     if not data:

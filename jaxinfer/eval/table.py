@@ -1,5 +1,6 @@
 """A comparison as a table for a terminal, or in Markdown for a README."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ _LEGEND = (
     "± standard error of quality, half the 10th to 90th percentile of speed; x: of the baseline's, speeds in the same "
     "round; ! worse than the baseline by more than the noise (2 standard errors, or 9 rounds in 10)"
 )
+_NAME = 24  # columns of the longest name that is not broken
 Cell = Callable[[Row, Row], str]  # of a row, and of the baseline's
 
 
@@ -26,7 +28,7 @@ def terminal(rows: Sequence[Row], width: int = 150) -> str:
     """Return an aligned table. What failed says why on its row, wrapped to `width`."""
     header, body = _cells(rows)
     widths = [max(len(r[i]) for r in [header, *(b for b in body if b)]) for i in range(len(header))]
-    widths[0] = max(len(row["variant"]) for row in rows)
+    widths[0] = min(_NAME, max(len(row["variant"]) for row in rows))
 
     def line(cells: Sequence[str]) -> str:
         first, *rest = [
@@ -36,11 +38,10 @@ def terminal(rows: Sequence[Row], width: int = 150) -> str:
 
     out = [*textwrap.wrap(heading(rows), width), "", line(header), " ".join("-" * w for w in widths)]
     for row, cells in zip(rows, body, strict=True):
-        if cells:
-            out.append(line(cells))
-        else:
-            first = row["variant"].ljust(widths[0]) + " "
-            out += textwrap.wrap(_failure(row), width, initial_indent=first, subsequent_indent=" " * len(first))
+        name = textwrap.wrap(row["variant"], _NAME)
+        rest = [line(["", *cells[1:]])[widths[0] :]] if cells else textwrap.wrap(_failure(row), width - widths[0] - 1)
+        for first, more in itertools.zip_longest(name, rest, fillvalue=""):
+            out.append(f"{first.ljust(widths[0])}{'' if cells else ' '}{more}".rstrip())
     return "\n".join([*out, "", *textwrap.wrap(_LEGEND, width)])
 
 
