@@ -3,12 +3,17 @@
 import functools
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxinfer.ops.quantized import Quantized, codes, dequantize, is_quantized
+from jaxinfer.ops import cpu_kernels
+from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize, is_quantized
+
+_FEW_ROWS = 32  # up to which a product with a quantized kernel is bound by reading it
 
 
 def einsum(eq: str, x: Float[Array, "..."], kernel: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
@@ -42,9 +47,13 @@ def einsum_int8(eq: str, x: Float[Array, "..."], kernel: Quantized) -> Float[Arr
     weight = codes(kernel).reshape(-1, rows.shape[1])
     if inputs_first(eq) or weight.dtype != jnp.int8 or kernel.scale.size != weight.shape[0]:
         raise ValueError("an int8 product needs an int8 kernel, outputs first, with one scale for each output")
-    values, scale = quantize_rows(rows)
-    y = _dot(values, weight, False, jnp.int32).astype(jnp.float32)
-    y = y * scale * kernel.scale.reshape(1, -1).astype(jnp.float32)
+    scale = kernel.scale.reshape(-1).astype(jnp.float32)
+
+    def contract(rows: Array, weight: Array, scale: Array) -> Array:
+        values, row_scale = quantize_rows(rows)
+        return _dot(values, weight, False, jnp.int32).astype(jnp.float32) * row_scale * scale
+
+    y = _on_cpu(cpu_kernels.int8_matmul, contract, rows.astype(jnp.float32), weight, scale)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
 
@@ -56,15 +65,39 @@ def quantize_rows(rows: Float[Array, "M I"]) -> tuple[Array, Float[Array, "M 1"]
 
 
 def _weight_only(rows: Float[Array, "M I"], kernel: Quantized, first: bool) -> Float[Array, "M O"]:
+    """Return the product with the weight that a leaf stands for."""
     inner = rows.shape[1]
-    outputs = math.prod(kernel.shape) // inner
-    by_output = kernel.scale.size == outputs and getattr(kernel, "offset", None) is None
-    if by_output and not first:
-        # One scale an output can wait until after the product, which then reads the codes and nothing else.
-        y = _dot(rows, codes(kernel).astype(rows.dtype).reshape(-1, inner), False)
-        return y * kernel.scale.reshape(1, -1).astype(y.dtype)
-    weight = dequantize(kernel, rows.dtype)
-    return _dot(rows, weight.reshape(inner, -1) if first else weight.reshape(-1, inner), first)
+
+    def contract(rows: Array, kernel: Quantized) -> Array:
+        by_output = kernel.scale.size == math.prod(kernel.shape) // inner and getattr(kernel, "offset", None) is None
+        if by_output and not first:
+            # One scale an output can wait until after the product, which then reads the codes and nothing else.
+            y = _dot(rows, codes(kernel).astype(rows.dtype).reshape(-1, inner), False)
+            return y * kernel.scale.reshape(1, -1).astype(y.dtype)
+        weight = dequantize(kernel, rows.dtype)
+        return _dot(rows, weight.reshape(inner, -1) if first else weight.reshape(-1, inner), first)
+
+    qtype = kernel.qtype if isinstance(kernel, Packed) else kernel.qvalue.dtype.name
+    groups = kernel.scale.size * inner // math.prod(kernel.shape)
+    whole_runs = qtype == "int8" or (inner // groups % RUN == 0 and kernel.shape[-1] % RUN == 0)
+    stored = kernel.scale.dtype in (jnp.float32, jnp.float16)
+    if first or qtype not in ("int8", "int4", "uint4") or not whole_runs or not stored or rows.dtype != jnp.float32:
+        return contract(rows, kernel)
+
+    def native(rows: Array, kernel: Quantized) -> Array:
+        values = kernel.values if isinstance(kernel, Packed) else kernel.qvalue
+        outputs = math.prod(kernel.shape) // inner
+        tiles = [None if t is None else t.reshape(outputs, -1) for t in (kernel.scale, getattr(kernel, "offset", None))]
+        return cpu_kernels.weight_only(rows, values.reshape(outputs, -1), *tiles, qtype=qtype)
+
+    return _on_cpu(native, contract, rows, kernel)
+
+
+def _on_cpu(native: Callable[..., Array], contract: Callable[..., Array], rows: Array, *kernel: Any) -> Array:
+    """Return the product by machine code where it runs on a CPU and has few rows, and by XLA everywhere else."""
+    if rows.shape[0] > _FEW_ROWS or not cpu_kernels.available():
+        return contract(rows, *kernel)
+    return jax.lax.platform_dependent(rows, *kernel, cpu=native, default=contract)
 
 
 def _flatten(eq: str, x: Array, kernel_shape: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:

@@ -71,6 +71,10 @@ class Calibration:
         directory = None if directory is None else Path(directory)
         return cls(ids[: windows * window].reshape(windows, window), batch_size, directory, progress)
 
+    def batches(self) -> list[Int[np.ndarray, "b T"]]:
+        """Return the windows, a few at a time."""
+        return [self.tokens[i : i + self.batch_size] for i in range(0, len(self.tokens), self.batch_size)]
+
 
 def sweep(model: Transformer, calibration: Calibration | None, wants: Sequence[str], visit: Visit, label: str):
     """Return the model with `visit(layer, its statistics)` in place of every layer, from the first to the last.
@@ -87,8 +91,7 @@ def sweep(model: Transformer, calibration: Calibration | None, wants: Sequence[s
     wants = tuple(wants)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
         return replace(model, layers=[visit(layer, _zeros(model, layer, wants)) for layer in model.layers])
-    tokens, size = calibration.tokens, calibration.batch_size
-    hidden = [_embed(model.embed, tokens[i : i + size]) for i in range(0, len(tokens), size)]
+    hidden = [_embed(model.embed, part) for part in calibration.batches()]
     visit = jax.jit(visit)
     saved = None if calibration.directory is None else Saved(calibration, label, model)
     layers: list[Any] = []
@@ -105,6 +108,19 @@ def sweep(model: Transformer, calibration: Calibration | None, wants: Sequence[s
                 saved.write(len(layers) - 1, layers[-1], hidden)
             bar.update()
     return replace(model, layers=layers)
+
+
+def survey(
+    model: Transformer, calibration: Calibration, wants: Sequence[str], look: Callable[[Any, Stats], Any], label: str
+) -> list[Any]:
+    """Return `look(layer, its statistics)` of every layer of a model that stays as it is."""
+    hidden = [_embed(model.embed, part) for part in calibration.batches()]
+    look = jax.jit(look)
+    found = []
+    for layer in tqdm(model.layers, desc=label, unit="layer", disable=not calibration.progress):
+        found.append(look(layer, _statistics(layer, hidden, tuple(wants))))
+        hidden = [_run(layer, x) for x in hidden]
+    return found
 
 
 def _statistics(layer: Any, hidden: Sequence[Array], wants: tuple[str, ...]) -> Stats:

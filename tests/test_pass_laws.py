@@ -1,0 +1,217 @@
+"""The laws that every registered pass obeys, alone and after every other. A new pass inherits them all."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+from data import data_dir
+from models import random_program, tiny_config, tiny_moe
+
+from jaxinfer.errors import InputError
+from jaxinfer.eval.data import read_text
+from jaxinfer.eval.perplexity import perplexity
+from jaxinfer.ops.quantized import nbytes
+from jaxinfer.passes import PASSES, apply
+from jaxinfer.passes.base import Calibrated, conflict, option_fields
+from jaxinfer.passes.calibration import Calibration
+from jaxinfer.program import Program
+from jaxinfer.tree import leaves
+
+SLOTS, LENGTH = 256, 150
+IDS = (np.arange(LENGTH) * 11 % 96).astype(np.int32)[None]
+ALONE = list(PASSES)
+PAIRS = list(itertools.permutations(PASSES, 2)) + [(name, name) for name in PASSES]
+
+
+@functools.cache
+def base(kind: str = "dense") -> Program:
+    """Return a program whose sizes suit groups and rotations, with all that a layer may have."""
+    shared = dict(embed_dim=64, mlp_dim=128, head_dim=16, windows=(), qkv_bias=True, tie_embeddings=False)
+    if kind == "small":  # pairs are many: one layer, tied
+        return random_program(tiny_config(**{**shared, "num_layers": 1, "tie_embeddings": True}))
+    return random_program(tiny_config(**shared, **({"moe": tiny_moe(expert_dim=32)} if kind == "experts" else {})))
+
+
+@functools.cache
+def calibration(kind: str = "dense") -> Calibration:
+    return Calibration.of(base(kind), (np.arange(256) * 7 % 96).tolist(), window=32)
+
+
+def applied(name: str, kind: str = "dense", **options) -> Program:
+    return apply(base(kind), (name, options), calibration=calibration(kind))
+
+
+@jax.jit
+def _logits(model, ids, cache):
+    hidden, cache = model(ids, cache)
+    return model.logits(hidden), cache
+
+
+def prefill(program: Program, ids: np.ndarray = IDS) -> np.ndarray:
+    return np.asarray(_logits(program.model, ids, program.model.init_cache(1, SLOTS))[0][0])
+
+
+def stepwise(program: Program, ids: np.ndarray = IDS) -> np.ndarray:
+    cache, out = program.model.init_cache(1, SLOTS), []
+    for t in range(ids.shape[1]):
+        logits, cache = _logits(program.model, ids[:, t : t + 1], cache)
+        out.append(np.asarray(logits[0, 0]))
+    return np.stack(out)
+
+
+def assert_close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-4) -> None:
+    """Assert equality relative to the spread of the logits."""
+    assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_input_is_untouched(name):
+    program = base()
+    before = {path: (id(leaf), np.asarray(leaf).copy()) for path, leaf in leaves(program.model).items()}
+    out = applied(name)
+    after = leaves(program.model)
+    assert program.passes == () and set(after) == set(before)
+    assert all(id(leaf) == before[path][0] for path, leaf in after.items())
+    for path, leaf in after.items():
+        np.testing.assert_array_equal(leaf, before[path][1], err_msg=path)
+    assert out.passes[0][0] == name and set(out.passes[0][1]) >= {f.name for f in option_fields(PASSES[name])}
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("name", ALONE)
+def test_shapes_are_enough(name, kind):
+    """The structure, shapes and dtypes of the result are known without weights, without text, in both ways."""
+    try:
+        real = applied(name, kind)
+    except InputError as e:
+        assert kind == "experts" and "expert" in str(e)  # refused with the reason
+        return
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(real.model)]
+    tree = jax.eval_shape(lambda model: model, base(kind).model)
+    by_shapes = apply(base(kind).replace(model=tree), *real.passes).model
+    traced = jax.eval_shape(lambda m: apply(base(kind).replace(model=m), *real.passes).model, base(kind).model)
+    for abstract in (by_shapes, traced):
+        assert jax.tree.structure(abstract) == jax.tree.structure(real.model)
+        assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract)] == shapes
+
+
+@pytest.mark.parametrize("name", [n for n in ALONE if "where" in {f.name for f in option_fields(PASSES[n])}])
+def test_a_pattern_that_matches_nothing_is_refused(name):
+    with pytest.raises(InputError, match="where='no such node': matches no .*there are .*attention"):
+        applied(name, where="no such node")
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_prefill_equals_step_by_step(name):
+    program = applied(name)
+    assert_close(stepwise(program), prefill(program))
+
+
+@pytest.mark.parametrize("name", [n for n in ALONE if PASSES[n].about.degenerate is not None])
+def test_the_degenerate_setting_is_the_baseline(name):
+    program = applied(name, **PASSES[name].about.degenerate)
+    assert_close(prefill(program), prefill(base()), 1e-5)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_pass_is_lossless_or_says_that_it_is_not(name):
+    difference = np.abs(prefill(applied(name)) - prefill(base())).max() / np.abs(prefill(base())).max()
+    assert (difference < 1e-4) if PASSES[name].about.lossless else (difference > 1e-6)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_graph_that_runs_did_change(name):
+    """A pass can't be a flag: the compiled step reads other bytes, keeps other bytes, or computes something else."""
+    sizes = {}
+    for label, program in (("before", base()), ("after", applied(name))):
+        step = _logits.lower(program.model, IDS[:, :1], program.model.init_cache(1, SLOTS)).compile()
+        cache = [nbytes(program.model.init_cache(1, n)) for n in (SLOTS, 4 * SLOTS)]
+        sizes[label] = {
+            "weight_bytes": nbytes(program.model),
+            "cache_bytes": cache[1] - cache[0],  # what grows with the context
+            "flops": step.cost_analysis()["flops"],
+            "arguments": step.memory_analysis().argument_size_in_bytes,
+        }
+    before, after, changes = sizes["before"], sizes["after"], PASSES[name].about.changes
+    if changes == "flops":
+        assert after["flops"] != before["flops"]
+    else:
+        assert after[changes] < 0.6 * before[changes], (before, after)
+        assert after["arguments"] < before["arguments"]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_nothing_is_compiled_twice(name):
+    program = applied(name)
+    step = jax.jit(lambda model, ids, cache: model(ids, cache))
+    _, cache = step(program.model, IDS[:, :1], program.model.init_cache(1, SLOTS))
+    step(applied(name).model, IDS[:, 1:2], cache)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_declared_bound_holds_on_a_trained_model(name, stories):
+    data = data_dir()
+    text = read_text(next((data / "tinystories").glob("*valid*"))) if (data / "tinystories").is_dir() else None
+    if text is None:
+        pytest.skip("no tinystories in the data folder: set JAXINFER_DATA to the folder that has it")
+    ids = stories.tokenizer.encode(text[:30_000])
+    technique = PASSES[name]()
+    if isinstance(technique, Calibrated):
+        technique = dataclasses.replace(technique, calibration=Calibration.of(stories, ids[4096:], 16, 256))
+    rise = perplexity(technique(stories), ids[:4096], 256) / _stories_perplexity(stories, ids) - 1
+    assert rise <= technique.about.bound, f"{name}: perplexity rises by {rise:.2%}"
+    assert technique.about.bound == 0 or rise > -0.05
+
+
+_known: dict[str, float] = {}
+
+
+def _stories_perplexity(stories: Program, ids: list[int]) -> float:
+    if "stories" not in _known:
+        _known["stories"] = perplexity(stories, ids[:4096], 256)
+    return _known["stories"]
+
+
+@pytest.mark.parametrize(("first", "then"), PAIRS, ids="-".join)
+def test_a_pair_runs_and_keeps_its_laws_or_is_refused_with_a_reason(first, then):
+    program, text = base("small"), calibration("small")
+    one = apply(program, first, calibration=text)
+    reason = conflict(*one.passes[0], PASSES[then]())
+    if reason:
+        with pytest.raises(InputError, match=f"^{then} after {first}: ") as refused:
+            apply(one, then, calibration=text)
+        assert reason in str(refused.value) and len(reason) > 20
+        return
+    both = apply(one, then, calibration=text)
+    assert [name for name, _ in both.passes] == [first, then]
+    ids = IDS[:, :100]
+    logits = prefill(both, ids)
+    assert np.isfinite(logits).all()
+    # In three parts, one of them a single token: what the cache holds does not depend on how it came there.
+    cache, parts = both.model.init_cache(1, SLOTS), []
+    for start, end in ((0, 60), (60, 61), (61, 100)):
+        part, cache = _logits(both.model, ids[:, start:end], cache)
+        parts.append(np.asarray(part[0]))
+    assert_close(np.concatenate(parts), logits)
+    tree = jax.eval_shape(lambda model: model, program.model)
+    abstract = apply(program.replace(model=tree), *both.passes).model
+    assert jax.tree.structure(abstract) == jax.tree.structure(both.model)
+    if not PASSES[first].about.lossless and not PASSES[then].about.lossless:
+        assert np.abs(logits - prefill(one, ids)).max() > 0
+
+
+def test_every_pass_says_what_it_is():
+    for name, kind in PASSES.items():
+        about = kind.about
+        assert kind.name == name and about.family and about.paper
+        assert about.changes in ("weight_bytes", "cache_bytes", "flops"), name
+        assert about.lossless == (about.bound <= 0.001), name
+        assert set(about.conflicts) <= set(PASSES), name
+        assert math.isfinite(about.bound)
+        fields = {f.name for f in option_fields(kind)}
+        assert about.degenerate is None or set(about.degenerate) <= fields, name
