@@ -1,6 +1,7 @@
 """What the quantizers that calibrate share: which nodes they round, and what becomes of the token table."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ class CalibratedWeights(Calibrated):
     linear: ClassVar[type[Linear]] = Linear  # the nodes that hold rounded kernels
     experts: ClassVar[type[Experts]] = QuantizedExperts
     table: ClassVar[type[Embedding] | None] = None
+    rounding: ClassVar[bool] = True  # a field where a pass can do without
     where: str = NOT_ROUTERS  # the linear maps to quantize, by path in the layer: attention.qkv.linear
     skip: str = ""  # of these, the ones to leave alone
     embedding: bool = True  # the token table too, and an untied unembedding: int8, a scale a row
@@ -37,13 +39,17 @@ class CalibratedWeights(Calibrated):
         # Where some layers are mixtures, a pattern may rightly match nothing in the others; but not in all of them.
         rewrite_by_path(program.model.layers, (Linear, Experts), rf"\d+\.(?:{self.where})", lambda _, node: node)
         program = super().transform(program)
-        if not self.embedding:
+        if not (self.embedding and self.rounding):
             return program
         model = quantize_embedding(program.model, self.table)
         if isinstance(model.unembed, Linear):
             head = quantize_nodes([model.unembed], ".*", "", lambda w, n, _: round_int8(w, n, "int8"), self.linear)[0]
             model = replace(model, unembed=head)
         return program.replace(model=model)
+
+    def chooses(self, path: str) -> bool:
+        """Return whether the linear map at this path in a layer is to be rounded."""
+        return bool(re.fullmatch(self.where, path)) and not re.fullmatch(self.skip or "(?!)", path)
 
     def quantize(self, block: Any, round_: Callable[..., Any]) -> Any:
         """Return a layer with `round_(kernel, inputs, path)` in place of the kernels that the options name."""
