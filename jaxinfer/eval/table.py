@@ -170,7 +170,7 @@ _COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("hellaswag %", _accuracy("hellaswag_acc_norm")),
     ("MB", _bytes("weight_bytes", 1e6, 1)),
     ("x", _share_of_bytes("weight_bytes")),
-    ("KV B/tok", _bytes("kv_bytes_per_token", 1, 0)),
+    ("KV B/tok", _bytes("kv_bytes_per_token", 1.0, 0)),
     ("x", _share_of_bytes("kv_bytes_per_token")),
     ("run MB", _bytes("run_bytes", 1e6, 0)),
     ("prefill/s", _rate("prefill")),
