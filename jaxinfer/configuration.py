@@ -27,15 +27,17 @@ _NESTED = {"rope": RopeConfig, "rope_local": RopeConfig, "moe": MoeConfig}
 def defaults() -> ConfigDict:
     """Return a config with every key at its default. A config file changes what it wants and returns it.
 
-    `model` is a name, a path or a hub repository. `dtype` None is what the device runs fastest. `architecture`, when
-    it has keys, gives the fields of a ModelConfig to fill with random weights in place of `model`. `passes` are applied
-    in order: "int8", "int4:group=32", ("int4", {"group": 32}). `calibration` is for those that need text: its file, how
-    many windows of how many tokens, and the directory from which a killed run goes on.
+    `model` is a name, a path or a hub repository. `dtype` None is what the device runs fastest. `keep_quantized` leaves
+    a GGUF file's Q8_0, Q4_0 and Q4_1 weights as they are. `architecture`, when it has keys, gives the fields of a
+    ModelConfig to fill with random weights in place of `model`. `passes` are applied in order: "int8", "int4:group=32",
+    ("int4", {"group": 32}). `calibration` is for those that need text: its file, how many windows of how many tokens,
+    and the directory from which a killed run goes on.
     """
     return ConfigDict(
         {
             "model": "smollm2-135m",
             "dtype": None,
+            "keep_quantized": False,
             "architecture": {},
             "passes": (),
             "calibration": {"text": "", "windows": 64, "window": 512, "directory": ""},
@@ -88,6 +90,8 @@ def check(config: ConfigDict) -> ConfigDict:
             for name, option in _mapping(key, value):
                 _check_key(name, merged[key], f"{key}.")
                 merged[key][name] = _typed(f"{key}.{name}", option, merged[key][name])
+        elif key == "keep_quantized":
+            merged.keep_quantized = _typed(key, value, False)
         elif key == "passes":
             merged.passes = tuple(_passes(value))
         elif key == "architecture":
@@ -98,6 +102,8 @@ def check(config: ConfigDict) -> ConfigDict:
         raise InputError(f"dtype={merged.dtype!r}: {nearest(merged.dtype, loading.DTYPES)}")
     if merged.architecture:
         architecture(merged)
+        if merged.keep_quantized:
+            raise InputError("keep_quantized=True: is for GGUF files, and architecture asks for random weights")
     return merged
 
 
@@ -116,7 +122,7 @@ def from_config(config: ConfigDict, progress: bool = False) -> Program:
 
 def _without_passes(config: ConfigDict, progress: bool) -> Program:
     if not config.architecture:
-        return loading.load(config.model, dtype=config.dtype, progress=progress)
+        return loading.load(config.model, dtype=config.dtype, progress=progress, keep_quantized=config.keep_quantized)
     loading.enable_compilation_cache()
     model_config = architecture(config)
     choice = device.choose(model_config, config.dtype and jnp.dtype(config.dtype))

@@ -12,7 +12,8 @@ from jaxtyping import DTypeLike
 
 from jaxinfer import device
 from jaxinfer.checkpoint import orbax
-from jaxinfer.checkpoint.assemble import assemble
+from jaxinfer.checkpoint.assemble import assemble, stored_kinds
+from jaxinfer.checkpoint.base import Source
 from jaxinfer.checkpoint.registry import resolve
 from jaxinfer.checkpoint.source import open_source
 from jaxinfer.errors import InputError, nearest
@@ -26,6 +27,7 @@ from jaxinfer.paths import cache_dir
 from jaxinfer.program import Program
 from jaxinfer.text.tokenizer import Tokenizer
 
+SAVED_AS_IT_IS = "keep_quantized is for GGUF files, and a saved program stays as it is: leave it out"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -49,25 +51,15 @@ def load(
     dtype = None if dtype is None else _check_dtype(dtype)
     if orbax.is_saved(path):
         if keep_quantized:
-            raise InputError(
-                f"{path}: keep_quantized is for GGUF files, and a saved program stays as it is: leave it out"
-            )
+            raise InputError(f"{path}: {SAVED_AS_IT_IS}")
         return _restore(path, dtype)
     source = open_source(path)
-    if keep_quantized and not any(entry.qtype for entry in source.entries.values()):
-        kinds = ", ".join(sorted({entry.dtype for entry in source.entries.values()}))
-        raise InputError(
-            f"{path}: keep_quantized is for GGUF files with Q8_0, Q4_0 or Q4_1 tensors, this has {kinds}; leave it out"
-        )
+    kinds = kinds_to_keep(source) if keep_quantized else {}
     choice = device.choose(source.config, dtype)
+    shapes = abstract(source.config, choice.dtype)
+    held = hold_blocks(shapes, kinds)
     model = assemble(
-        abstract(source.config, choice.dtype),
-        source.config,
-        source.entries,
-        source.names,
-        path=path,
-        progress=progress,
-        keep=hold_blocks if keep_quantized else None,
+        shapes, source.config, source.entries, source.names, path=path, progress=progress, held=held if kinds else None
     )
     blocks = held_blocks(model)
     model = lay_out(model, choice.layouts)
@@ -79,6 +71,21 @@ def load(
         layouts=choice.layouts,
         blocks=blocks,
         name=os.fspath(name_or_path),
+    )
+
+
+def kinds_to_keep(source: Source) -> dict[str, str]:
+    """Return which leaves `keep_quantized` can keep as blocks of the file, and the qtype of each.
+
+    Raises:
+        InputError: there are none.
+    """
+    if any(entry.qtype for entry in source.entries.values()):
+        return stored_kinds(abstract(source.config), source.config, source.entries, source.names, path=source.path)
+    found = ", ".join(sorted({entry.dtype for entry in source.entries.values()}))
+    raise InputError(
+        f"{source.path}: keep_quantized is for GGUF files with Q8_0, Q4_0 or Q4_1 tensors, this has {found}; "
+        "leave it out"
     )
 
 
@@ -124,8 +131,8 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
 def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
     metadata = orbax.read_metadata(path)
     model = abstract(config_from_dict(metadata["config"]), dtype or metadata["dtype"])
-    if blocks := metadata.get("blocks", {}):
-        model = hold_blocks(model, blocks)
+    blocks = metadata.get("blocks", {})
+    model = hold_blocks(model, blocks)
     model.layers[:] = [apply_layouts(block, metadata["layouts"]) for block in model.layers]
     program = Program(
         model=model,
@@ -137,7 +144,7 @@ def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
         name=metadata["name"],
     )
     # The passes on a tree of shapes give the tree that was saved: packed leaves, other nodes, other caches.
-    program = apply(program, *metadata.get("passes", ()))
+    program = apply(program, *map(tuple, metadata.get("passes", ())))
     return program.replace(model=lay_out(orbax.restore(path, program.model), ()))
 
 

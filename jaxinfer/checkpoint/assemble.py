@@ -20,7 +20,6 @@ from jaxinfer.tree import path_of
 
 Tree = TypeVar("Tree")
 ShardingOf = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
-Keep = Callable[[Tree, Mapping[str, str]], Tree]
 
 WORKERS = 4  # reading overlaps with transposing and casting; numpy releases the interpreter lock in all three
 SHOWN = 10  # names listed of each kind of misfit
@@ -63,7 +62,7 @@ def assemble(
     path: Path,
     sharding_of: ShardingOf | None = None,
     progress: bool = False,
-    keep: Keep | None = None,
+    held: Tree | None = None,
 ) -> Tree:
     """Return `abstract` with its `jax.ShapeDtypeStruct` leaves replaced by the arrays stored in `entries`.
 
@@ -71,8 +70,8 @@ def assemble(
     default device without it). Names and shapes are settled from the headers before any byte is read. Leaves are then
     loaded largest first, a few at a time: host memory stays near the size of the model in its final dtype.
 
-    `keep(abstract, kinds)` is told the kind of `Packed` that each leaf could stay, by its path, and returns the tree
-    with such leaves where it wants them, outputs first: they take the blocks of the file as they are.
+    `held` is `abstract` with some leaves, of those that `stored_kinds` names, as a `Packed` of shapes with its outputs
+    first: these take the blocks of the file as they are.
 
     Raises:
       InputError: tensors are missing, unexpected or misshapen (all of them in one message), or one holds a value that
@@ -80,13 +79,24 @@ def assemble(
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     jobs = _match([(path_of(keys), leaf) for keys, leaf in leaves], config, entries, names, path)
-    if keep is not None:
-        abstract = keep(abstract, {job.path: kind for job in jobs if (kind := job.kind) is not None})
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_quantized)
+    if held is not None:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(held, is_leaf=is_quantized)
         wanted = {path_of(keys): leaf for keys, leaf in leaves}
         jobs = [dataclasses.replace(job, leaf=wanted[job.path]) for job in jobs]
     arrays = _stream(jobs, path, sharding_of, progress)
     return jax.tree.unflatten(treedef, [arrays[path_of(keys)] for keys, _ in leaves])
+
+
+def stored_kinds(
+    abstract: Tree, config: ModelConfig, entries: Mapping[str, Entry], names: NameTable, *, path: Path
+) -> dict[str, str]:
+    """Return the kind of `Packed` that each leaf can stay, by its path: those that the checkpoint has in such blocks.
+
+    Raises InputError where the tensors are not those of `abstract`. Reads headers only.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    jobs = _match([(path_of(keys), leaf) for keys, leaf in leaves], config, entries, names, path)
+    return {job.path: kind for job in jobs if (kind := job.kind) is not None}
 
 
 def _match(

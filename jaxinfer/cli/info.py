@@ -2,6 +2,7 @@
 
 jaxinfer info smollm2-135m
 jaxinfer info smollm2-135m --pass int4 --pass kv_int8        # what it would take
+jaxinfer info smollm2-135m --keep-quantized
 jaxinfer info --config configs/tiny.py --json
 """
 
@@ -10,6 +11,7 @@ import json
 from typing import Any
 
 from jaxinfer.cli import options
+from jaxinfer.errors import InputError
 
 _PARTS = ("embedding", "attention", "mlp", "norms", "unembedding")
 
@@ -40,6 +42,7 @@ def describe(config) -> dict[str, Any]:
     from jaxinfer.checkpoint.source import open_source
     from jaxinfer.models.config import config_from_dict, config_to_dict
     from jaxinfer.models.transformer import abstract
+    from jaxinfer.passes.quantization.file_blocks import hold_blocks
     from jaxinfer.program import Program
     from jaxinfer.text.tokenizer import Tokenizer
 
@@ -47,6 +50,7 @@ def describe(config) -> dict[str, Any]:
     dtype, layouts = config.dtype, None
     stored: dict[str, int] = {}
     applied: list[Any] = []
+    blocks: dict[str, str] = {}
     if config.architecture:
         name, path = "random weights", None
         model_config = configuration.architecture(config)
@@ -54,21 +58,24 @@ def describe(config) -> dict[str, Any]:
     else:
         name, path = config.model, resolve(config.model)
         if orbax.is_saved(path):
+            if config.keep_quantized:
+                raise InputError(f"{path}: {loading.SAVED_AS_IT_IS}")
             saved = orbax.read_metadata(path)
             model_config, stop_ids, sampling = config_from_dict(saved["config"]), saved["stop_ids"], saved["sampling"]
             tokenizer = Tokenizer.load(path / "tokenizer") if (path / "tokenizer").is_dir() else None
-            applied = saved.get("passes", [])
+            applied, blocks = [tuple(spec) for spec in saved.get("passes", [])], saved.get("blocks", {})
             dtype, layouts = dtype or saved["dtype"], saved["layouts"]  # as it was saved, whatever is fastest here
         else:
             source = open_source(path)
             model_config, tokenizer = source.config, source.tokenizer
             stop_ids, sampling = source.stop_ids, source.sampling
+            blocks = loading.kinds_to_keep(source) if config.keep_quantized else {}
             for entry in source.entries.values():
                 stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.nbytes
     choice = device.choose(model_config, None if dtype is None else jnp.dtype(dtype))
     shapes = abstract(model_config, choice.dtype)
     parameters = _parameters(shapes)
-    model = passes.apply(Program(shapes), *applied, *config.passes).model
+    model = passes.apply(Program(hold_blocks(shapes, blocks)), *applied, *config.passes).model
     cache = jax.eval_shape(lambda: model.init_cache(1, 256))
     windows = [model_config.window(i) for i in range(model_config.num_layers)]
     return {

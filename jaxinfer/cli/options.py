@@ -37,10 +37,13 @@ class Generating:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --config, --dtype, --pass and --calibrate."""
+    """Add --model, --config, --dtype, --keep-quantized, --pass and --calibrate."""
     parser.add_argument("--model", metavar="M", help="name, path or hub repository (default: smollm2-135m)")
     parser.add_argument("--config", metavar="FILE", help="Python file with get_config(), or FILE:ARGUMENT")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what this device runs fastest)")
+    parser.add_argument(
+        "--keep-quantized", action="store_true", help="leave a GGUF file's 8- and 4-bit weights as they are"
+    )
     add_passes(parser)
 
 
@@ -79,6 +82,8 @@ def read_config(args: argparse.Namespace):
         config.model, config.architecture = args.model, {}
     if args.dtype is not None:
         config.dtype = args.dtype
+    if args.keep_quantized:
+        config.keep_quantized = True
     if getattr(args, "passes", None):
         config.passes = tuple(args.passes)
     if getattr(args, "calibrate", None) is not None:
