@@ -21,7 +21,7 @@ _CUT = 1.6  # perplexities above this times the baseline's are drawn at the edge
 _FRONT, _OTHER, _BASELINE = "#0072B2", "#8C8C8C", "#D55E00"
 
 
-def pareto_front(points: Sequence[tuple[float, float]], more_is_better: tuple[bool, bool]) -> list[int]:
+def pareto_front(points: Sequence[tuple[float | int, float | int]], more_is_better: tuple[bool, bool]) -> list[int]:
     """Return the indices of the points that none beats, from the smallest first coordinate to the largest.
 
     A point is beaten by one that is at least as good in both coordinates and better in one; equal points stay.
@@ -29,7 +29,7 @@ def pareto_front(points: Sequence[tuple[float, float]], more_is_better: tuple[bo
     signs = [1 if more else -1 for more in more_is_better]
     gains = [tuple(s * v for s, v in zip(signs, point, strict=True)) for point in points]
 
-    def beaten(a: tuple[float, ...]) -> bool:
+    def beaten(a: tuple) -> bool:
         return any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in gains)
 
     return sorted((i for i, gain in enumerate(gains) if not beaten(gain)), key=lambda i: points[i])
@@ -152,4 +152,4 @@ def _offsets(width: float, height: float):
 
 
 def _within(box, outer) -> bool:
-    return box.x0 >= outer.x0 and box.x1 <= outer.x1 and box.y0 >= outer.y0 and box.y1 <= outer.y1
+    return bool(box.x0 >= outer.x0 and box.x1 <= outer.x1 and box.y0 >= outer.y0 and box.y1 <= outer.y1)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from jaxinfer.eval.results import Row
 
 _LEGEND = (
-    "± standard error of quality, half the 10th to 90th percentile of speed; x: of the baseline's, speeds in the same "
-    "round; ! worse than the baseline by more than the noise (2 standard errors, or 9 rounds in 10)"
+    "KV B/t: bytes of KV cache a token; run MB: all that the prompt takes; roof %: of the bandwidth in decode / of the "
+    "FLOP/s in prefill; ± standard error of quality, half the 10th to 90th percentile of speed; x: of the baseline's, "
+    "speeds in the same round; ! worse than the baseline by more than the noise (2 standard errors, or 9 rounds in 10)"
 )
-_NAME = 24  # columns of the longest name that is not broken
+_NAME = 20  # columns of the longest name that is not broken
 Cell = Callable[[Row, Row], str]  # of a row, and of the baseline's
 
 
@@ -170,7 +171,7 @@ _COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("hellaswag %", _accuracy("hellaswag_acc_norm")),
     ("MB", _bytes("weight_bytes", 1e6, 1)),
     ("x", _share_of_bytes("weight_bytes")),
-    ("KV B/tok", _bytes("kv_bytes_per_token", 1.0, 0)),
+    ("KV B/t", _bytes("kv_bytes_per_token", 1.0, 0)),
     ("x", _share_of_bytes("kv_bytes_per_token")),
     ("run MB", _bytes("run_bytes", 1e6, 0)),
     ("prefill/s", _rate("prefill")),
@@ -178,5 +179,5 @@ _COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("decode/s", _rate("decode")),
     ("x", _ratio("decode")),
     ("TTFT ms", _rate("first_token")),
-    ("roof d/p %", _roofline),
+    ("roof %", _roofline),
 )
