@@ -89,6 +89,11 @@ class Code:
             [self._head + " {", *self._slots, "br label %start", "start:", *self._lines, "unreachable", "}", ""]
         )
 
+    @property
+    def zero(self) -> Value:
+        """The first index."""
+        return self.constant(0, "i64")
+
     def emit(self, kind: str, instruction: str) -> Value:
         self._count += 1
         self._lines.append(f"%v{self._count} = {instruction}")

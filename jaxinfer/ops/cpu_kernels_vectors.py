@@ -1,0 +1,102 @@
+"""What the CPU kernels share, in LLVM IR: loops over vectors, dot products of bytes and of floats, rounding to int8."""
+
+from collections.abc import Iterator
+
+from jaxinfer.ops.cpu_kernels_ir import Code, Value, Variable
+
+LANES = 16  # of float arithmetic, which LLVM splits where registers are narrower
+
+
+def whole(code: Code, start: Value, stop: Value, step: int) -> Iterator[Value]:
+    """Write the body of a loop over the whole steps between start and stop."""
+    with code.loop(start, rounded_down(start, stop, step), step) as i:
+        yield i
+
+
+def rounded_down(start: Value, stop: Value, step: int) -> Value:
+    """Return where the whole steps from start end, at or before stop."""
+    return start + (stop - start) // step * step
+
+
+def tiles(code: Code, start: Value, stop: Value, sizes: tuple[int, ...]) -> Iterator[tuple[Value, int]]:
+    """Write a body once for each size, largest first: a loop over whole tiles of it, then what is left."""
+    for size in sizes:
+        for i in whole(code, start, stop, size):
+            yield i, size
+        start = rounded_down(start, stop, size)
+
+
+def int_lanes(isa: str) -> tuple[int, ...]:
+    """Return the lanes of int32 sums: the widest vector first, then its halves for what is left of a row."""
+    return {"avx512_vnni": (16, 8, 4), "avx2": (8, 4), "neon_dotprod": (4,)}[isa]
+
+
+def load(code: Code, pointer: Value, index: Value | int, kind: str, lanes: int) -> Value:
+    """Return `lanes` entries at an index; one is a scalar."""
+    return code.load(code.at(pointer, index, kind), f"<{lanes} x {kind}>" if lanes > 1 else kind)
+
+
+def load_float(code: Code, pointer: Value, index: Value | int, kind: str, lanes: int) -> Value:
+    """Return `lanes` entries of kind "float" or "half" as floats."""
+    value = load(code, pointer, index, kind, lanes)
+    return value if kind == "float" else code.cast("fpext", value, value.type.replace(kind, "float"))
+
+
+def add_product(code: Code, total: Variable, a: Value, b: Value) -> None:
+    """Add `a * b` to a float variable, rounded once."""
+    total.set(code.call(total.type, f"llvm.fma.{_suffix(a)}", a, b, total.get()))
+
+
+def dot_bytes(code: Code, isa: str, total: Value, w: Value, x: Value, *, narrow: bool = False) -> Value:
+    """Return `total` plus sums of four neighbouring products of bytes; with AVX-512 w is unsigned.
+
+    `narrow`: w is 0..15, and lane j must hold bytes 4j..4j+3; otherwise AVX2 may put a product in any lane.
+    """
+    if isa == "avx512_vnni":
+        return code.assembly(total.type, "vpdpbusd $3, $2, $0", "=v,0,v,v", total, w, x)
+    if isa == "neon_dotprod":
+        return code.assembly(total.type, "sdot $0.4s, $2.16b, $3.16b", "=w,0,w,w", total, w, x)
+    lanes = total.lanes
+    wide, multiply = f"<{2 * lanes} x i16>", "llvm.x86.avx2.pmadd.wd" if lanes == 8 else "llvm.x86.sse2.pmadd.wd"
+    if narrow:  # pairs of products are at most 2 * 15 * 128: they fit 16 bits
+        name = "llvm.x86.avx2.pmadd.ub.sw" if lanes == 8 else "llvm.x86.ssse3.pmadd.ub.sw.128"
+        return total + code.call(total.type, multiply, code.call(wide, name, w, x), code.constant(1, wide))
+    for half in (range(2 * lanes), range(2 * lanes, 4 * lanes)):
+        parts = [code.cast("sext", code.shuffle(v, list(half)), wide) for v in (w, x)]
+        total = total + code.call(total.type, multiply, *parts)
+    return total
+
+
+def dot_floats(code: Code, a: Value, kind: str, b: Value | None, size: Value) -> Value:
+    """Return the sum of `size` products of a, of kind "float" or "half", and of b; or of a alone."""
+    sums = {LANES: code.variable(0.0, f"<{LANES} x float>"), 1: code.variable(0.0, "float")}
+    for i, lanes in tiles(code, code.zero, size, (LANES, 1)):
+        value = load_float(code, a, i, kind, lanes)
+        if b is None:
+            sums[lanes].set(sums[lanes].get() + value)
+        else:
+            add_product(code, sums[lanes], value, load(code, b, i, "float", lanes))
+    return code.sum(sums[LANES].get()) + sums[1].get()
+
+
+def int8_scale(code: Code, x: Value, size: Value) -> Value:
+    """Return the largest magnitude of `size` floats over 127, and next to nothing where all are zero; keep a NaN."""
+    largest = {LANES: code.variable(0.0, f"<{LANES} x float>"), 1: code.variable(1e-30, "float")}
+    for i, lanes in tiles(code, code.zero, size, (LANES, 1)):
+        value = load(code, x, i, "float", lanes)
+        magnitude = code.call(value.type, f"llvm.fabs.{_suffix(value)}", value)
+        largest[lanes].set(code.call(value.type, f"llvm.maximum.{_suffix(value)}", largest[lanes].get(), magnitude))
+    vector = code.call("float", f"llvm.vector.reduce.fmaximum.v{LANES}f32", largest[LANES].get())
+    return code.call("float", "llvm.maximum.f32", vector, largest[1].get()) / 127.0
+
+
+def to_int8(code: Code, x: Value, scale: Value) -> Value:
+    """Return x / scale as int8, halves to even."""
+    ratio = x / (code.splat(scale, x.lanes) if x.lanes > 1 else scale)
+    nearest = code.call(x.type, f"llvm.rint.{_suffix(x)}", ratio)
+    integer = code.cast("fptosi", nearest, x.type.replace("float", "i32"))
+    return code.cast("trunc", integer, x.type.replace("float", "i8"))
+
+
+def _suffix(value: Value) -> str:
+    return f"v{value.lanes}f32" if value.lanes > 1 else "f32"
