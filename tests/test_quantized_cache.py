@@ -88,7 +88,7 @@ def test_attention_over_codes_is_that_over_their_numbers(qtype, T, S, starts, wi
     np.testing.assert_allclose(found[positions >= 0], expected[positions >= 0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("G", "H"), [(4, 8), (5, 8), (32, 64)])
 def test_groups_are_half_a_step_off_at_most(bits, G, H):
     k, v = draw(0, 2, 3, 4, G, H) + 5 * draw(1, H), draw(2, 2, 3, 4, G, H)
@@ -105,11 +105,11 @@ def test_groups_are_half_a_step_off_at_most(bits, G, H):
     ):
         step = np.repeat(np.asarray(scale, np.float64), H // runs, axis=-1)
         error = np.abs(np.asarray(found, np.float64).reshape(x.shape) - x)
-        assert (error <= step * 0.505 + 1e-6 * np.abs(x)).all()  # the scale is rounded to 8 bits: up to 1 % of a step
+        assert (error <= step * 0.501 + 1e-6 * np.abs(x)).all()
         assert error.max() > 0
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_packing_is_a_round_trip(bits):
     """Numbers that are on the grid already come back as they were."""
     top = 2**bits - 1
@@ -252,31 +252,31 @@ def test_a_step_never_holds_the_cache_unpacked(kind, batch, T):
 
 
 def test_a_session_computes_a_row_again_where_the_cache_cant_go_back():
-    program = random_program(tiny_config())
+    program = random_program(tiny_config(num_layers=1, windows=(None,)))
     program = program.replace(model=with_kind(program.model, Kivi(group=8, residual=8)))
-    rows = [[(7 * i) % 90 + 3 for i in range(n)] for n in (200, 150)]
-    session = Session(program, 2)
-    assert session.feed(rows, room=20) == 350
-    limit = session._cache.exact_rewind
-    assert limit is not None
+    row = [(7 * i) % 90 + 3 for i in range(120)]
+    session = Session(program)
 
-    def feed(rows, computed):
-        fresh = Session(program, 2)
-        fresh.feed(rows)
-        assert session.feed(rows) == computed
+    def feed(row, computed):
+        fresh = Session(program)
+        fresh.feed([row])
+        assert session.feed([row], room=20) == computed
         np.testing.assert_allclose(session._logits, fresh._logits, rtol=0, atol=1e-4)
 
-    feed([rows[0][: 200 - limit + 1], rows[1]], 1 + 1)  # as far as it can: one token gives the logits
-    feed([rows[0][: 200 - limit], rows[1]], 200 - limit + 1)  # one more, counted from the longest that it was
-    list(session.decode(10))
-    feed([[*rows[0][: 200 - limit], 5, 6], rows[1][:100]], 2 + 100)
-    feed([rows[0][:2], rows[1][:99]], 2 + 1)
+    feed(row, 120)
+    limit = session._cache.exact_rewind
+    feed(row[: 120 - limit + 1], 1)  # as far as it can: one token gives the logits
+    feed(row[: 120 - limit], 120 - limit)  # one more, counted from the longest that it was
+    answer = [t for new in session.decode(14) for t in new[0]]
+    row = [*row[: 120 - limit], *answer[:13]]
+    feed([*row[:-limit], 5], 1)
+    feed([*row[: -limit - 1], 6], len(row) - limit)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Kivi(bits=3), "bits=3: must be 2, 4 or 8"),
+        (lambda: Kivi(bits=3), "bits=3: must be 2 or 4"),
         (lambda: Kivi(group=0), "group=0"),
         (lambda: Kivi(residual=-1), "residual=-1"),
         (lambda: Kivi(bits=2).create(1, 64, 1, 6, jnp.float32), "head_dim=6 in 2 bits"),

@@ -1,4 +1,4 @@
-"""Keys and values of 2, 4 or 8 bits, in groups of consecutive tokens: a grid for each channel of a group's keys.
+"""Keys and values of 2 or 4 bits, in groups of consecutive tokens: a grid for each channel of a group's keys.
 
 Keys have channels that are large in every token, values do not (KIVI, 2402.02750).
 """
@@ -34,7 +34,7 @@ class Groups(nnx.Module):
 def quantize_groups(k: Float[Array, "B K M G H"], v: Float[Array, "B K M G H"], bits: int) -> Groups:
     """Return the groups in `bits` bits a number; a run of value channels is G long, or all H where G does not divide H.
 
-    Every number is within half a scale of what it was, up to the rounding of the scale itself.
+    Every number is within half a scale of what it was, up to float rounding.
     """
     G, H = k.shape[-2:]
     run = G if H % G == 0 else H

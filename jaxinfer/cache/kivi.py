@@ -38,8 +38,8 @@ class Kivi:
     residual: int = 64
 
     def __post_init__(self):
-        if self.bits not in (2, 4, 8):
-            raise InputError(f"bits={self.bits}: must be 2, 4 or 8, which fill a byte")
+        if self.bits not in (2, 4):
+            raise InputError(f"bits={self.bits}: must be 2 or 4; for 8 there is QuantizedCache")
         if self.group < 1 or self.residual < 0:
             raise InputError(f"group={self.group}, residual={self.residual}: must be at least 1 and 0 tokens")
 
@@ -50,7 +50,7 @@ class Kivi:
             InputError: a head is not a whole number of bytes.
         """
         if head_dim * self.bits % 8:
-            raise InputError(f"head_dim={head_dim} in {self.bits} bits: does not fill bytes; use 8 bits")
+            raise InputError(f"head_dim={head_dim} in {self.bits} bits: does not fill bytes; use QuantizedCache")
         count = max(0, slots - self.residual) // self.group  # groups that some query reads
         recent = self.group * -(-(self.residual + self.group + SLACK) // self.group) if count else slots
         groups = jax.eval_shape(

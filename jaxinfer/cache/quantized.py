@@ -83,8 +83,8 @@ class QuantizedLayer(nnx.Module):
 def quantize(x: Float[Array, "B K T H"], qtype: DTypeLike) -> Scaled:
     """Return codes and scales with `|code * scale - x| <= scale / 2` for int8.
 
-    The scale is rounded to bfloat16 before it divides, which costs nothing: the largest code is a quarter of a step
-    off at most.
+    The scale is rounded to bfloat16 before it divides, which costs nothing: the largest number is still half a step off
+    at most (127 / 2^8).
     """
     qtype = jnp.dtype(qtype)
     largest = LARGEST[qtype.name]
