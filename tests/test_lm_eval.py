@@ -189,6 +189,8 @@ def test_an_argument_string_loads_a_model(program, tmp_path):
     assert (lm.batch_size, lm.max_gen_toks) == (2, 8)
     want = ji.generate_text(ji.load(tmp_path / "saved"), "ab", max_new_tokens=8)
     assert lm.generate_until([request("ab", {})], True) == [want]
+    with pytest.raises(InputError, match="keep_quantized is for GGUF files"):
+        adapter.JaxinferLM.create_from_arg_string(f"pretrained={tmp_path / 'saved'},keep_quantized=True")
 
 
 @pytest.mark.parametrize("passes", ["int4:group=8;symmetric=false+w8a8:skip=.*;embedding=false", None])

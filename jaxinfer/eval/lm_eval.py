@@ -42,9 +42,9 @@ _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}  # options that tasks spe
 class JaxinferLM(LM or object):
     """Answers the harness's three kinds of request with a program, passes and all.
 
-    `program` is a `Program`, or `pretrained` names one for `ji.load` and `passes` what is applied to it: specs as on
-    the command line, in a list, or in one string with `+` between passes and `;` between options
-    (`"int4:group=64;symmetric=false+kv_int8"`). Row i of a request list draws with seed `seed + i`.
+    `program` is a `Program`, or `pretrained` names one for `ji.load` (with `dtype` and `keep_quantized`). `passes` are
+    applied to it: specs as on the command line, in a list, or in one string with `+` between passes and `;` between
+    options (`"int4:group=64;symmetric=false+kv_int8"`). Row i of a request list draws with seed `seed + i`.
 
     Raises:
         InputError: the harness is not installed, no model or two of them, an argument that does not exist.
@@ -57,6 +57,7 @@ class JaxinferLM(LM or object):
         pretrained: str | None = None,
         passes: str | Sequence[str] = (),
         dtype: str | None = None,
+        keep_quantized: bool = False,
         batch_size: int | str = 8,
         max_gen_toks: int = 256,
         seed: int = 0,
@@ -67,13 +68,14 @@ class JaxinferLM(LM or object):
         if unknown:
             raise InputError(
                 f"model argument {', '.join(map(repr, unknown))}: does not exist; there are pretrained, passes, dtype, "
-                "batch_size, max_gen_toks and seed"
+                "keep_quantized, batch_size, max_gen_toks and seed"
             )
         if (program is None) == (pretrained is None):
             raise InputError(f"pretrained={pretrained!r}: give one model, as pretrained=NAME or as a program")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"batch_size={batch_size!r}: must be a whole number, 1 or more")
-        program = loading.load(pretrained, dtype=dtype) if program is None else program
+        if program is None:
+            program = loading.load(pretrained, dtype=dtype, keep_quantized=keep_quantized)
         self.program = _with_passes(program, passes)
         self.batch_size, self.max_gen_toks, self.seed = int(batch_size), int(max_gen_toks), int(seed)
         self._tokens = tokenizer_of(self.program)  # the harness takes an attribute `tokenizer` for a transformers one
