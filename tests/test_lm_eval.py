@@ -38,13 +38,17 @@ def request(*args):
     return SimpleNamespace(args=args)
 
 
-def run(program, tmp_path, name, config, rows, **options):
-    """Return what the harness reports for a task of `rows`: its metrics and the record of each row."""
+def write_task(tmp_path, name, config, rows):
     data = tmp_path / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
     task = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **config}
     (tmp_path / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+
+
+def run(program, tmp_path, name, config, rows, **options):
+    """Return what the harness reports for a task of `rows`: its metrics and the record of each row."""
+    write_task(tmp_path, name, config, rows)
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
@@ -207,6 +211,20 @@ def test_passes_are_applied(program, passes):
     (want,), (plain,) = (loglikelihood(p, [pair]) for p in (apply(program, *specs), program))
     assert got == pytest.approx(tuple(want)) and got[0] != pytest.approx(plain.logprob)
     assert lm.get_model_info()["jaxinfer_passes"][0][0] == "int4"
+
+
+def test_the_command_runs_a_task(program, tmp_path, monkeypatch, capsys):
+    ji.save(program, tmp_path / "saved")
+    config = {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}"}
+    write_task(tmp_path, "quiz", {**config, "doc_to_target": "answer"}, QUESTIONS)
+    model = f"pretrained={tmp_path / 'saved'},passes=int4:group=8"
+    options = ["--model", "jaxinfer", "--model_args", model, "--include_path", str(tmp_path), "--tasks", "quiz"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *options, "--batch_size", "4"])
+    assert adapter.main() == 0
+    assert f"'pretrained': '{tmp_path / 'saved'}'" in (out := capsys.readouterr().out) and "|acc_norm|" in out
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *options[:3], "pretrained=no-such-model", *options[4:]])
+    assert adapter.main() == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: model 'no-such-model': no such path")
 
 
 def test_the_command_knows_the_model_and_the_harness_needs_no_torch():

@@ -45,6 +45,7 @@ class JaxinferLM(LM or object):
     `program` is a `Program`, or `pretrained` names one for `ji.load` (with `dtype` and `keep_quantized`). `passes` are
     applied to it: specs as on the command line, in a list, or in one string with `+` between passes and `;` between
     options (`"int4:group=64;symmetric=false+kv_int8"`). Row i of a request list draws with seed `seed + i`.
+    `device` is what the harness fills in ("cuda:0") and has no meaning here: JAX decides, by $JAX_PLATFORMS.
 
     Raises:
         InputError: the harness is not installed, no model or two of them, an argument that does not exist.
@@ -61,6 +62,7 @@ class JaxinferLM(LM or object):
         batch_size: int | str = 8,
         max_gen_toks: int = 256,
         seed: int = 0,
+        device: str | None = None,
         **unknown: Any,
     ):
         _require()
