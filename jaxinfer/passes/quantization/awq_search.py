@@ -1,6 +1,6 @@
 """AWQ's searches: the factors that protect the inputs of large activations, and the range that each group is cut to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ Grid = tuple[Float[Array, "*O G"], Float[Array, "*O G"] | None]
 
 def search_factors(
     mean_abs: Float[Array, "*E C"],
-    kernels: Sequence[tuple[Float[Array, "*E O I"], Float[Array, "*E I I"]]],
+    kernels: Sequence[tuple[Float[Array, "... I"], Float[Array, "... I I"]]],
     groups: Sequence[int],
     qtype: str,
     steps: int = 20,
-    spread=lambda factors: factors,
+    spread: Callable[[Array], Array] = lambda factors: factors,
 ) -> tuple[Float[Array, "*E C"], Float[Array, "*E"], Float[Array, "S *E"]]:
     """Return the factors that lose least, their exponents, and the loss at each of `steps + 1` exponents from 0 to 1.
 
     `s = mean|x|^alpha`, over the geometric mean of its extremes. The loss is `tr(D H D^T)` summed over the kernels that
-    read x, each with its inputs' second moments H, for `D = W - round(W s) / s`, rounded to nearest in `groups`.
-    `spread` turns factors of channels into factors of the kernels' inputs. Where `mean_abs` has a leading axis (of
-    experts), each has its own exponent. (2306.00978)
+    read x, `[O, I]` or `[E, O, I]`, each with its inputs' second moments H, for `D = W - round(W s) / s`, rounded to
+    nearest in `groups`. `spread` turns factors of channels into factors of the kernels' inputs. Where `mean_abs` has a
+    leading axis (of experts), each has its own exponent. (2306.00978)
     """
 
     def factors(alpha: Array) -> Array:
