@@ -11,9 +11,9 @@ import threading
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, DTypeLike, Float, Int8, Int32, UInt8
 
-RUN = 32  # entries of a row whose 4-bit values share 16 bytes: low nibbles the first half, high ones the second
+_RUN = 32  # entries of a row whose 4-bit values share 16 bytes: low nibbles the first half, high ones the second
 _KINDS = {"float32": "float", "float16": "half"}
 _lock = threading.Lock()
 _registered: dict[str, object] = {}  # name -> machine code, which XLA may call as long as the process lives
@@ -90,9 +90,9 @@ def q4_matmul(
         ValueError: the kernels are not available, or shapes, groups or dtypes that they can't take.
     """
     _check_grouped(x, values, scale, offset, qtype, ("int4", "uint4"))
-    runs = x.shape[1] // scale.shape[1] // RUN
+    runs = x.shape[1] // scale.shape[1] // _RUN
     if runs > 2 and runs % 4:
-        raise ValueError(f"groups of {runs * RUN} entries: must be 32, 64, or a multiple of 128")
+        raise ValueError(f"groups of {runs * _RUN} entries: must be 32, 64, or a multiple of 128")
     name = f"q4:{qtype}:{_KINDS[scale.dtype.name]}:{'plain' if offset is None else 'offset'}:{min(runs, 4)}"
     return _call(name, jnp.float32, x, values, scale, *([] if offset is None else [offset]))
 
@@ -106,8 +106,8 @@ def _check_grouped(x, values, scale, offset, qtype, qtypes) -> None:
         raise ValueError(f"values {_show(values)}: {qtype} is stored as {'int8' if qtype == 'int8' else 'uint8'}")
     if scale.shape[0] != values.shape[0] or not scale.shape[1] or inner % scale.shape[1]:
         raise ValueError(f"scale {_show(scale)}: must be [{values.shape[0]}, a divisor of {inner}]")
-    if qtype != "int8" and inner // scale.shape[1] % RUN:
-        raise ValueError(f"groups of {inner // scale.shape[1]} entries: 4-bit values need a multiple of {RUN}")
+    if qtype != "int8" and inner // scale.shape[1] % _RUN:
+        raise ValueError(f"groups of {inner // scale.shape[1]} entries: 4-bit values need a multiple of {_RUN}")
     if scale.dtype.name not in _KINDS:
         raise ValueError(f"scale {_show(scale)}: must be {' or '.join(_KINDS)}")
     if offset is not None and (offset.shape, offset.dtype) != (scale.shape, scale.dtype):
@@ -117,8 +117,8 @@ def _check_grouped(x, values, scale, offset, qtype, qtypes) -> None:
 def _check(x: Array, w: Array, inner: int, *scaled: Array) -> None:
     if not available():
         raise ValueError("no CPU kernels here: they need XLA's CPU backend, llvmlite and AVX2, AVX-512 VNNI or NEON")
-    if x.shape[1] != inner:
-        raise ValueError(f"x {_show(x)}: must have {inner} columns for a weight {_show(w)}")
+    if x.ndim != 2 or x.shape[1] != inner:
+        raise ValueError(f"x {_show(x)}: must be rows of {inner} for a weight {_show(w)}")
     if 0 in (*x.shape, *w.shape):
         raise ValueError(f"x {_show(x)} and weight {_show(w)}: must not be empty")
     if scaled and x.dtype != jnp.float32:
@@ -129,19 +129,22 @@ def _show(array: Array) -> str:
     return f"{array.dtype.name}{list(array.shape)}"
 
 
-def _call(name: str, dtype: jnp.dtype, x: Array, w: Array, *rest: Array) -> Array:
+def _call(name: str, dtype: DTypeLike, x: Array, w: Array, *rest: Array) -> Array:
     result = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype)
     return jax.ffi.ffi_call(_register(name), result)(x, w, *rest)
 
 
 def _register(name: str) -> str:
     """Compile a kernel and tell XLA of it, once; return the name under which XLA knows it."""
-    target = "jaxinfer." + name
+    from jaxinfer.ops import cpu_kernels_call as call
+
+    isa = call.instruction_set()
+    if isa is None:
+        raise NotImplementedError("no kernels for this processor's vectors")
+    target = f"jaxinfer:{isa}:{name}"
     with _lock:
         if target not in _registered:
-            from jaxinfer.ops import cpu_kernels_call as call
-
-            address, code = call.compile_kernel(_kernel(name, call.instruction_set()))
+            address, code = call.compile_kernel(_kernel(name, isa))
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(address), platform="cpu")
             _registered[target] = code
     return target

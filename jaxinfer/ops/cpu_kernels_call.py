@@ -1,9 +1,9 @@
 """Machine code that XLA's CPU backend calls: the call's frame, the work shared out over XLA's threads, the compiler.
 
-`compile_kernel` wraps a kernel in the function that XLA calls (its typed FFI). That function cuts the rows of the weight
-(the columns of the result) into blocks, offers them to XLA's thread pool, and works on them itself: a block is claimed by
-one atomic addition, so a busy pool costs speed and never a wait for a thread that does not come. A call leaves nothing
-behind: the last thread to let go of its job frees it.
+`compile_kernel` wraps a kernel in the function that XLA calls (its typed FFI). That function cuts the rows of the
+weight (the columns of the result) into blocks, offers them to XLA's thread pool, and works on them itself: a block is
+claimed by one atomic addition, so a busy pool costs speed and never a wait for a thread that does not come. A call
+leaves nothing behind: the last thread to let go of its job frees it.
 """
 
 import functools
@@ -63,7 +63,7 @@ def compile_kernel(kernel: Kernel) -> tuple[int, object]:
     """Return the address of the code that XLA calls, and the object that keeps that code alive."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    llvm.initialize_native_asmparser()  # of the kernels' own instructions
+    llvm.initialize_native_asmparser()  # for the instructions that kernels write as text
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )
@@ -83,7 +83,7 @@ def optimize(kernel: Kernel, machine: llvm.TargetMachine) -> llvm.ModuleRef:
 
 
 def write_module(kernel: Kernel) -> str:
-    """Return the IR of `handler`, which XLA calls, of `task`, which its threads call, and of the work that both share."""
+    """Return the IR of `handler`, which XLA calls, `task`, which its threads call, and the work that both share."""
     declared: dict[str, str] = {}
     functions = [
         _write_work(Code("work", "void", "ptr", declared=declared), kernel),
@@ -213,9 +213,10 @@ def _spin(code: Code, job: Value, slot: int, target: Value) -> None:
     again = code.label()
     code.begin(again)
     with code.when(code.read_atomic(code.at(job, slot, "i64")) < target):
-        code.line(
-            'call void asm sideeffect "{}", ""()'.format("yield" if instruction_set() == "neon_dotprod" else "pause")
-        )
+        if instruction_set() == "neon_dotprod":
+            code.call("void", "llvm.aarch64.hint", code.constant(1, "i32"))  # yield
+        else:
+            code.call("void", "llvm.x86.sse2.pause")
         code.jump(again)
 
 

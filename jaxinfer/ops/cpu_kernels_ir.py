@@ -68,7 +68,7 @@ class Variable:
     def get(self) -> Value:
         return self.code.load(self.slot, self.type)
 
-    def set(self, value: Value | float) -> None:
+    def set(self, value: Value | int | float) -> None:
         self.code.store(value if isinstance(value, Value) else self.code.constant(value, self.type), self.slot)
 
 
@@ -102,11 +102,11 @@ class Code:
     def line(self, instruction: str) -> None:
         self._lines.append(instruction)
 
-    def constant(self, value: float | str, kind: str) -> Value:
+    def constant(self, value: int | float | str, kind: str) -> Value:
         """Return a number, or each lane of a vector set to it, or the text of a constant."""
         return Value(self, kind, value if isinstance(value, str) else self.operand(value, kind))
 
-    def operand(self, value: Value | float, kind: str) -> str:
+    def operand(self, value: Value | int | float, kind: str) -> str:
         if isinstance(value, Value):
             return value.name
         vector = re.match(r"<(\d+) x (\w+)>", kind)
@@ -117,7 +117,7 @@ class Code:
             return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
         return str(value)
 
-    def binary(self, operator: str, left: Value, right: Value | float) -> Value:
+    def binary(self, operator: str, left: Value, right: Value | int | float) -> Value:
         instruction = _OPERATORS[operator]["float" in left.type]
         return self.emit(left.type, f"{instruction} {left.type} {left.name}, {self.operand(right, left.type)}")
 
@@ -152,7 +152,7 @@ class Code:
         self._slots.append(f"%s{self._count} = alloca {kind}")
         return Value(self, "ptr", f"%s{self._count}")
 
-    def variable(self, value: Value | float, kind: str | None = None) -> Variable:
+    def variable(self, value: Value | int | float, kind: str | None = None) -> Variable:
         variable = Variable(self, kind or value.type, self.reserve(kind or value.type))
         variable.set(value)
         return variable

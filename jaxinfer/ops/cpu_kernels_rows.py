@@ -169,13 +169,13 @@ def _nibbles(code: Code, qtype: str, isa: str, packed: Value) -> tuple[Value, Va
 
 
 def q4_kernel(qtype: str, isa: str, *, scale: str, offset: bool, runs: int) -> Kernel:
-    """Return 4-bit weights against x rounded to int8 in groups of 32; `runs` of 32 share a scale, 4 meaning 4, 8, ..."""
+    """Return 4-bit weights against x rounded to int8 by 32 entries; `runs` of 32 share a scale, 4 meaning 4, 8, ..."""
 
     def workspace(M: Value, I: Value, G: Value) -> Value:
         return M * I * 2 + M * G * 4
 
     def parts(code: Code, job: Job, m: Value) -> list[Value]:
-        """Return for row m of x what meets low nibbles, what meets high ones, four scales and sums a run, group sums."""
+        """Return row m of x: what meets low nibbles, what meets high ones, four scales and sums a run, group sums."""
         half, row = job.M * job.I // 2, m * job.I // 2
         places = [code.at(job.workspace, half * n + row) for n in range(4)]
         return [*places, code.at(job.workspace, half * 4 + m * job.G * 4)]

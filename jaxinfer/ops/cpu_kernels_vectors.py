@@ -52,10 +52,10 @@ def dot_bytes(code: Code, isa: str, total: Value, w: Value, x: Value, *, narrow:
 
     `narrow`: w is 0..15, and lane j must hold bytes 4j..4j+3; otherwise AVX2 may put a product in any lane.
     """
-    if isa == "avx512_vnni":
+    if isa == "avx512_vnni":  # as text, because LLVM changed its intrinsic's types
         return code.assembly(total.type, "vpdpbusd $3, $2, $0", "=v,0,v,v", total, w, x)
     if isa == "neon_dotprod":
-        return code.assembly(total.type, "sdot $0.4s, $2.16b, $3.16b", "=w,0,w,w", total, w, x)
+        return code.call(total.type, "llvm.aarch64.neon.sdot.v4i32.v16i8", total, w, x)
     lanes = total.lanes
     wide, multiply = f"<{2 * lanes} x i16>", "llvm.x86.avx2.pmadd.wd" if lanes == 8 else "llvm.x86.sse2.pmadd.wd"
     if narrow:  # pairs of products are at most 2 * 15 * 128: they fit 16 bits
