@@ -93,6 +93,25 @@ def test_int8_matmul_is_its_composition(isa, M):
         assert not y[M // 2].any()
 
 
+@pytest.mark.parametrize("group", [16, 48, 64, 96, 192])
+@pytest.mark.parametrize("M", [1, 5])
+def test_groups_of_activations_have_scales_of_their_own(isa, group, M):
+    rng = np.random.default_rng(group)
+    I = 3 * group
+    x = rng.standard_normal((M, I)).astype(np.float32) * np.repeat(np.float32([1e-3, 1, 1e3]), group)
+    x[0, :group] = 0
+    w, scale = _ints(rng, -128, 128, (37, I)), rng.random(37, np.float32)
+    y = np.asarray(cpu_kernels.int8_matmul(jnp.asarray(x), w, jnp.asarray(scale), group))
+    expected = 0
+    for g in range(0, I, group):
+        q, s = _rounded(x[:, g : g + group])
+        expected = expected + _dot(q, w[:, g : g + group]).astype(np.float64) * s * scale
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    for bad in (8, 24, 2 * I):
+        with pytest.raises(ValueError, match=f"group={bad}: must be a multiple of 16 that divides {I}"):
+            cpu_kernels.int8_matmul(jnp.asarray(x), w, jnp.asarray(scale), bad)
+
+
 def test_int8_matmul_rounds_halves_to_even(isa):
     x = jnp.asarray([[127, 0.5, 1.5, 2.5, -0.5, -1.5] + [0.0] * 90], jnp.float32)
     y = cpu_kernels.int8_matmul(x, jnp.eye(96, dtype=jnp.int8), jnp.ones(96))

@@ -101,14 +101,28 @@ def test_shapes_are_enough(name, kind):
 
 @pytest.mark.parametrize("name", [n for n in ALONE if "where" in {f.name for f in option_fields(PASSES[n])}])
 def test_a_pattern_that_matches_nothing_is_refused(name):
-    with pytest.raises(InputError, match="where='no such node': matches no .*there are .*attention"):
+    with pytest.raises(InputError, match=r"where='no such node': matches no .*there are .*attention"):
         applied(name, where="no such node")
+
+
+def assert_same_run(program: Program, parts: np.ndarray, whole: np.ndarray, before: Program) -> None:
+    """Assert that a text run in parts gives the logits of the whole run.
+
+    Where activations are rounded, the last bit of a float decides over a whole step now and then. Such a program is
+    its own within a tenth of what the rounding itself does to `before`.
+    """
+    if not any(PASSES[name].about.rounds_activations for name, _ in program.passes):
+        assert_close(parts, whole)
+        return
+    error = np.linalg.norm(whole - prefill(before, IDS[:, : len(whole)]))
+    assert np.linalg.norm(parts - whole) <= 0.1 * error
+    assert np.median(np.abs(parts[:8] - whole[:8])) <= 1e-4 * np.abs(whole).max()  # early tokens: few roundings
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_prefill_equals_step_by_step(name):
     program = applied(name)
-    assert_close(stepwise(program), prefill(program))
+    assert_same_run(program, stepwise(program), prefill(program), base())
 
 
 @pytest.mark.parametrize("name", [n for n in ALONE if PASSES[n].about.degenerate is not None])
@@ -156,7 +170,7 @@ def test_nothing_is_compiled_twice(name):
 @pytest.mark.parametrize("name", ALONE)
 def test_the_declared_bound_holds_on_a_trained_model(name, stories):
     data = data_dir()
-    text = read_text(next((data / "tinystories").glob("*valid*"))) if (data / "tinystories").is_dir() else None
+    text = read_text(next((data / "tinystories").glob("*.txt*"))) if (data / "tinystories").is_dir() else None
     if text is None:
         pytest.skip("no tinystories in the data folder: set JAXINFER_DATA to the folder that has it")
     ids = stories.tokenizer.encode(text[:30_000])
@@ -197,7 +211,7 @@ def test_a_pair_runs_and_keeps_its_laws_or_is_refused_with_a_reason(first, then)
     for start, end in ((0, 60), (60, 61), (61, 100)):
         part, cache = _logits(both.model, ids[:, start:end], cache)
         parts.append(np.asarray(part[0]))
-    assert_close(np.concatenate(parts), logits)
+    assert_same_run(both, np.concatenate(parts), logits, program)
     tree = jax.eval_shape(lambda model: model, program.model)
     abstract = apply(program.replace(model=tree), *both.passes).model
     assert jax.tree.structure(abstract) == jax.tree.structure(both.model)

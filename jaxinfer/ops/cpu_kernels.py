@@ -41,8 +41,12 @@ def int8_dot(x: Int8[Array, "M I"], w: Int8[Array, "O I"]) -> Int32[Array, "M O"
     return _call("int8_dot", jnp.int32, x, w)
 
 
-def int8_matmul(x: Float[Array, "M I"], w: Int8[Array, "O I"], scale: Float[Array, "O"]) -> Float[Array, "M O"]:
+def int8_matmul(
+    x: Float[Array, "M I"], w: Int8[Array, "O I"], scale: Float[Array, "O"], group: int | None = None
+) -> Float[Array, "M O"]:
     """Return `round(x / s) w^T * s * scale`: each row of x is rounded to int8, s its largest magnitude over 127.
+
+    With `group`, a multiple of 16, each group of a row has an s of its own.
 
     Raises:
         ValueError: the kernels are not available, the shapes don't fit, or x or scale is not float32.
@@ -50,7 +54,10 @@ def int8_matmul(x: Float[Array, "M I"], w: Int8[Array, "O I"], scale: Float[Arra
     _check(x, w, w.shape[1], scale)
     if scale.shape != w.shape[:1] or scale.dtype != jnp.float32:
         raise ValueError(f"scale {_show(scale)}: must be float32 {w.shape[:1]}, one for each row of the weight")
-    return _call("int8_matmul", jnp.float32, x, w, scale.reshape(-1, 1))
+    if group is not None and (group < 16 or group % 16 or w.shape[1] % group):
+        raise ValueError(f"group={group}: must be a multiple of 16 that divides {w.shape[1]}")
+    whole = group in (None, w.shape[1])
+    return _call("int8_matmul" if whole else f"int8_groups:{group}", jnp.float32, x, w, scale.reshape(-1, 1))
 
 
 def weight_only(
@@ -153,10 +160,13 @@ def _register(name: str) -> str:
 def _kernel(name: str, isa: str):
     """Return the kernel that a name such as "q4:int4:half:plain:2" stands for."""
     from jaxinfer.ops import cpu_kernels_rows as rows
+    from jaxinfer.ops.cpu_kernels_groups import int8_groups_kernel
 
     kind, *options = name.split(":")
     if kind in ("int8_dot", "int8_matmul"):
         return rows.int8_kernel(isa, floats=kind == "int8_matmul")
+    if kind == "int8_groups":
+        return int8_groups_kernel(isa, int(options[0]))
     qtype, scale, offset, *runs = options
     if kind == "weight_only":
         return rows.weight_only_kernel(qtype, isa, scale=scale, offset=offset == "offset")

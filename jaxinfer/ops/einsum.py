@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.ops import cpu_kernels
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize, is_quantized
 
-_FEW_ROWS = 32  # up to which a product with a quantized kernel is bound by reading it
+_FEW_ROWS = 16  # up to which float x code is faster row by row than after making the weight float
 
 
 def einsum(eq: str, x: Float[Array, "..."], kernel: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
@@ -35,13 +35,15 @@ def einsum(eq: str, x: Float[Array, "..."], kernel: Float[Array, "..."] | Quanti
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
 
-def einsum_int8(eq: str, x: Float[Array, "..."], kernel: Quantized) -> Float[Array, "..."]:
+def einsum_int8(eq: str, x: Float[Array, "..."], kernel: Quantized, group: int | None = None) -> Float[Array, "..."]:
     """Return `einsum(eq, x, kernel)` with every token of x rounded to int8 too, so that the product is of integers.
 
-    A token's scale is its largest magnitude over 127; the int32 sums are scaled by it and by the kernel's channels.
+    A token has one scale, its largest magnitude over 127, or one for each `group` of its flattened inputs. Sums are
+    int32 within a group; they are scaled by the token's scales and the kernel's channels.
 
     Raises:
-        ValueError: the kernel is not int8 with one scale for each output, stored outputs first.
+        ValueError: the kernel is not int8 with one scale for each output, stored outputs first, or `group` does not
+            divide the inputs.
     """
     rows, out_shape = _flatten(eq, x, kernel.shape)
     weight = codes(kernel).reshape(-1, rows.shape[1])
@@ -50,18 +52,49 @@ def einsum_int8(eq: str, x: Float[Array, "..."], kernel: Quantized) -> Float[Arr
     scale = kernel.scale.reshape(-1).astype(jnp.float32)
 
     def contract(rows: Array, weight: Array, scale: Array) -> Array:
-        values, row_scale = quantize_rows(rows)
-        return _dot(values, weight, False, jnp.int32).astype(jnp.float32) * row_scale * scale
+        values, row_scale = quantize_rows(rows, group)
+        return sum_groups(lambda x, w: _dot(x, w, False, jnp.int32), values, row_scale, weight) * scale
 
-    y = _on_cpu(cpu_kernels.int8_matmul, contract, rows.astype(jnp.float32), weight, scale)
+    operands = (rows.astype(jnp.float32), weight, scale)
+    if group is None or group % 16 == 0:
+        y = _on_cpu(functools.partial(cpu_kernels.int8_matmul, group=group), contract, None, *operands)
+    else:
+        y = contract(*operands)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
 
-def quantize_rows(rows: Float[Array, "M I"]) -> tuple[Array, Float[Array, "M 1"]]:
-    """Return each row in int8 and its scale: its largest magnitude over 127."""
-    rows = rows.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(rows).max(axis=1, keepdims=True), 1e-30) / 127
-    return jnp.round(rows / scale).astype(jnp.int8), scale
+def quantize_rows(rows: Float[Array, "M I"], group: int | None = None) -> tuple[Array, Float[Array, "M G"]]:
+    """Return each row in int8 and its scales: the largest magnitude of each group of inputs over 127.
+
+    Raises:
+        ValueError: `group` does not divide the inputs.
+    """
+    group = rows.shape[1] if group is None else group
+    if rows.shape[1] % group:
+        raise ValueError(f"group={group}: does not divide {rows.shape[1]} inputs")
+    parts = rows.astype(jnp.float32).reshape(rows.shape[0], -1, group)
+    scale = jnp.maximum(jnp.abs(parts).max(axis=2), 1e-30) / 127
+    return jnp.round(parts / scale[:, :, None]).astype(jnp.int8).reshape(rows.shape), scale
+
+
+def sum_groups(
+    dot: Callable[[Array, Array], Array],
+    values: Int[Array, "M I"],
+    scale: Float[Array, "M G"],
+    weight: Int[Array, "... I"],
+) -> Float[Array, "M O"]:
+    """Return `sum_g dot(values_g, weight_g) * scale_g`: the integer products of each group of inputs, one at a time."""
+    groups = scale.shape[1]
+    if groups == 1:
+        return dot(values, weight).astype(jnp.float32) * scale
+    size = values.shape[1] // groups
+
+    def add(g: Int[Array, ""] | int, total: Array) -> Array:
+        x, w = (jax.lax.dynamic_slice_in_dim(a, g * size, size, axis=-1) for a in (values, weight))
+        return total + dot(x, w).astype(jnp.float32) * jax.lax.dynamic_slice_in_dim(scale, g, 1, axis=1)
+
+    first = dot(values[:, :size], weight[..., :size]).astype(jnp.float32) * scale[:, :1]
+    return jax.lax.fori_loop(1, groups, add, first)
 
 
 def _weight_only(rows: Float[Array, "M I"], kernel: Quantized, first: bool) -> Float[Array, "M O"]:
@@ -90,12 +123,14 @@ def _weight_only(rows: Float[Array, "M I"], kernel: Quantized, first: bool) -> F
         tiles = [None if t is None else t.reshape(outputs, -1) for t in (kernel.scale, getattr(kernel, "offset", None))]
         return cpu_kernels.weight_only(rows, values.reshape(outputs, -1), *tiles, qtype=qtype)
 
-    return _on_cpu(native, contract, rows, kernel)
+    return _on_cpu(native, contract, _FEW_ROWS, rows, kernel)
 
 
-def _on_cpu(native: Callable[..., Array], contract: Callable[..., Array], rows: Array, *kernel: Any) -> Array:
-    """Return the product by machine code where it runs on a CPU and has few rows, and by XLA everywhere else."""
-    if rows.shape[0] > _FEW_ROWS or not cpu_kernels.available():
+def _on_cpu(
+    native: Callable[..., Array], contract: Callable[..., Array], most: int | None, rows: Array, *kernel: Any
+) -> Array:
+    """Return the product by machine code where it runs on a CPU with at most `most` rows, else by XLA."""
+    if (most is not None and rows.shape[0] > most) or not cpu_kernels.available():
         return contract(rows, *kernel)
     return jax.lax.platform_dependent(rows, *kernel, cpu=native, default=contract)
 

@@ -68,6 +68,7 @@ class LLMInt8(CalibratedWeights):
         paper="2208.07339",
         degenerate={"threshold": 0.0, "features": None, "embedding": False},
         bound=0.02,
+        rounds_activations=True,
         takes="kernels",
     )
     wants: ClassVar[tuple[str, ...]] = ("absmax",)

@@ -37,7 +37,7 @@ class Mixed(Calibrated):
         family="quantization",
         paper="2310.10944",
         degenerate={"skip": ".*", "embedding": False},
-        bound=0.12,
+        bound=0.20,
         takes="kernels",
     )
     wants: ClassVar[tuple[str, ...]] = ("hessian",)

@@ -21,7 +21,7 @@ class NF4(WeightOnly):
         family="quantization",
         paper="2305.14314",
         degenerate={"skip": ".*", "embedding": False},
-        bound=0.15,
+        bound=0.20,
         takes="kernels",
     )
     group: int = 64  # inputs that share a scale; where it does not divide them, the largest divisor below it

@@ -7,25 +7,29 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.models.layers import Embedding, Linear
 from jaxinfer.models.moe import Experts
-from jaxinfer.ops.einsum import einsum_int8, quantize_rows
+from jaxinfer.ops.einsum import einsum_int8, quantize_rows, sum_groups
 from jaxinfer.ops.quantized import codes, dequantize
 
 
 @nnx.dataclass
 class DynamicLinear(Linear):
-    """A linear map whose product is of integers: every token is rounded to int8 by its own largest magnitude."""
+    """A linear map whose product is of integers: every token is rounded to int8, with scales of its own."""
+
+    group: int | None = nnx.static(default=None, kw_only=True)  # inputs of a token that share a scale; None: all
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        y = einsum_int8(self.eq, x, self.kernel)
+        y = einsum_int8(self.eq, x, self.kernel, self.group)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
 @nnx.dataclass
 class DynamicEmbedding(Embedding):
-    """An embedding whose logits come from an integer product."""
+    """An embedding whose logits come from an integer product, as in `DynamicLinear`."""
+
+    group: int | None = nnx.static(default=None, kw_only=True)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return einsum_int8("btd,vd->btv", x, self.table)
+        return einsum_int8("btd,vd->btv", x, self.table, self.group)
 
 
 @nnx.dataclass
@@ -42,10 +46,15 @@ class QuantizedExperts(Experts):
 class DynamicExperts(QuantizedExperts):
     """Experts whose products are of integers, as in `DynamicLinear`."""
 
+    group: int | None = nnx.static(default=None, kw_only=True)
+
     def __call__(self, rows: Float[Array, "M I"], group_sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
-        values, scale = quantize_rows(rows)
-        kernel = codes(self.kernel).swapaxes(1, 2)
-        y = jax.lax.ragged_dot(values, kernel, group_sizes, preferred_element_type=jnp.int32).astype(jnp.float32)
+        values, scale = quantize_rows(rows, self.group)
+
+        def dot(x: Array, kernel: Array) -> Array:
+            return jax.lax.ragged_dot(x, kernel.swapaxes(1, 2), group_sizes, preferred_element_type=jnp.int32)
+
+        y = sum_groups(dot, values, scale, codes(self.kernel))
         # Each row's expert: rows are grouped, so the scales repeat as often as their expert has rows.
         by_row = jnp.repeat(self.kernel.scale[:, :, 0], group_sizes, axis=0, total_repeat_length=rows.shape[0])
-        return (y * scale * by_row.astype(jnp.float32)).astype(rows.dtype)
+        return (y * by_row.astype(jnp.float32)).astype(rows.dtype)

@@ -35,6 +35,7 @@ class SmoothQuant(CalibratedWeights):
         paper="2211.10438",
         degenerate={"skip": ".*", "embedding": False},
         bound=0.02,
+        rounds_activations=True,
         takes="kernels",
     )
     wants: ClassVar[tuple[str, ...]] = ("absmax",)

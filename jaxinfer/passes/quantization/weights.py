@@ -24,6 +24,7 @@ from jaxinfer.tree import replace, rewrite, rewrite_by_path
 
 NOT_ROUTERS = r"(?!.*\.router$).*"  # a router is tiny and its choices are discrete
 Round = Callable[[Float[Array, "..."], int, str], Quantized]  # kernel outputs first, input axes, path -> leaf
+Make = Callable[..., Any]  # the class of the node that takes a quantized kernel, or what makes one
 
 
 def outputs_first(node: Linear | Experts) -> tuple[Any, Float[Array, "..."], int]:
@@ -40,7 +41,7 @@ def outputs_first(node: Linear | Experts) -> tuple[Any, Float[Array, "..."], int
     return node, node.kernel, len(letters(node)[0])
 
 
-def put(node: Linear | Experts, leaf: Quantized, linear: type = Linear, experts: type = QuantizedExperts) -> Any:
+def put(node: Linear | Experts, leaf: Quantized, linear: Make = Linear, experts: Make = QuantizedExperts) -> Any:
     """Return the node that holds a quantized kernel, outputs first, in place of a float one."""
     if isinstance(node, Experts):
         return experts(leaf, axes=(node.axes[0], node.axes[2], node.axes[1]))
@@ -51,7 +52,7 @@ def put(node: Linear | Experts, leaf: Quantized, linear: type = Linear, experts:
 
 
 def quantize_nodes(
-    tree: Any, where: str, skip: str, round_: Round, linear: type = Linear, experts: type = QuantizedExperts
+    tree: Any, where: str, skip: str, round_: Round, linear: Make = Linear, experts: Make = QuantizedExperts
 ) -> Any:
     """Return the tree with every Linear and Experts that `where` names and `skip` does not, quantized.
 
@@ -89,7 +90,7 @@ class WeightOnly(Technique):
         return program.replace(model=quantize_embedding(model) if self.embedding else model)
 
 
-def quantize_embedding(model: Any, kind: type[Embedding] | None = None) -> Any:
+def quantize_embedding(model: Any, kind: Make | None = None) -> Any:
     """Return the model with its token table in int8; one that is quantized already stays as it is."""
 
     def quantize(node: Embedding) -> Embedding:
