@@ -54,6 +54,8 @@ def compare(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results = Results(out, run.settings())
+    if results.rows.get(BASELINE, {}).get("status") == "ok":
+        run.limits = roofline.Machine(**results.rows[BASELINE]["roofline"]["machine"])  # all shares are of the same
     wanted = [Variant(BASELINE, ()), *variants]
     for i, variant in enumerate(wanted, 1):
         row = results.rows.get(variant.name)
@@ -99,6 +101,7 @@ class _Run:
         self.program, self.data, self.options = program, dict(data), settings
         self.calibration, self.note, self.progress = calibration, note, progress
         self.prefix = ""
+        self.limits: roofline.Machine | None = None
         self._reference: Reference | None = None
         text = self.data.pop("perplexity", None)
         if text is not None:
@@ -189,7 +192,7 @@ class _Run:
             "decode": speed.rate([r.decoded / r.decode for r in ours], [r.decoded / r.decode for r in base]),
             "first_token": speed.latency([r.first_token for r in ours], [r.first_token for r in base]),
         }
-        limits = roofline.machine(self.dtype)
+        limits = self.limits = self.limits or roofline.machine(self.dtype)
         read = roofline.decode_bytes(program, size.cache_cost(program), n + o.decode_tokens / 2)
         flops = roofline.prefill_flops(program, n)
         return {

@@ -56,8 +56,14 @@ def plot(rows: Sequence[Row], path: str | Path) -> list[str]:
     quality = [row["quality"][key]["value"] for row in shown]
     cut = math.inf if more else _CUT * quality[0]
     names = [row["variant"] + (f" ({label} {q:.4g})" if q > cut else "") for row, q in zip(shown, quality, strict=True)]
+    # Ratios, not tokens/s: rows are measured at different times, each in turns with the baseline.
+    speed = shown[0]["speed"]["decode"]["median"]
     panels = (
-        ("decode, tokens/s (right is better)", [row["speed"]["decode"]["median"] for row in shown], True),
+        (
+            f"decode speed, times the baseline's {speed:.4g} tokens/s (right is better)",
+            [row["speed"]["decode"]["ratio"] for row in shown],
+            True,
+        ),
         ("weights, MB (left is better)", [row["size"]["weight_bytes"] / 1e6 for row in shown], False),
     )
     for ax, (xlabel, x, more_x) in zip(axes, panels, strict=True):
