@@ -56,6 +56,17 @@ def test_fp8_keeps_three_bits_of_mantissa():
     assert np.isfinite(back).all() and np.abs(np.asarray(codes, np.float32)).max() == 448
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_code_of_fp8_is_its_number(dtype):
+    """A value is read by a query that sees it alone."""
+    codes = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8)  # 0x7F is NaN
+    codes = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.float8_e4m3fn)
+    one = jnp.ones((len(codes), 1, 1, 1), jnp.bfloat16)
+    k, v = (Scaled(x.reshape(len(codes), 1, 1, 1), one) for x in (jnp.zeros_like(codes), codes))
+    found = ONLINE(jnp.ones_like(one, dtype), k, v, jnp.zeros((len(codes), 1), jnp.int32), scale=1.0)
+    np.testing.assert_array_equal(found[:, 0, 0, 0].astype(jnp.float32), codes.astype(jnp.float32))
+
+
 @pytest.mark.parametrize(
     ("qtype", "T", "S", "starts", "window", "softcap"),
     [

@@ -133,7 +133,7 @@ def share(
     """
     B, K, _, _ = q.shape
     T, S = seen.shape[1:]
-    keys = k.values.astype(q.dtype) if isinstance(k, Scaled) else k
+    keys = _widened(k.values, q.dtype) if isinstance(k, Scaled) else k
     scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32)
     if isinstance(k, Scaled):
         scores *= k.scale.astype(jnp.float32).swapaxes(2, 3)
@@ -148,10 +148,27 @@ def share(
     weights = weights.reshape(B, K, -1, S)
     if isinstance(v, Scaled):
         weights *= jnp.where(used, v.scale.astype(jnp.float32), 0).swapaxes(2, 3)
-    values = jnp.where(used, v.values if isinstance(v, Scaled) else v, 0)
-    values = values.astype(q.dtype) if isinstance(v, Scaled) else values
+    values = jnp.where(used, _widened(v.values, q.dtype) if isinstance(v, Scaled) else v, 0)
     out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return Share(out.reshape(B, K, -1, T, out.shape[-1]), total, peak)
+
+
+def _widened(codes: Array, dtype: jnp.dtype) -> Array:
+    """Return `codes.astype(dtype)`; one of the codes of float8_e4m3fn, NaN, may come out as a number."""
+    if codes.dtype != jnp.float8_e4m3fn:
+        return codes.astype(dtype)
+
+    def by_bits(codes: Array) -> Array:
+        # XLA's CPU backend converts float8 one by one, thirty times slower than it moves these bits.
+        code = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint32)
+        size = code & 0x7F
+        # The exponent's bias is 7, and float32's 127. Below 2^-6 there is no leading 1: put one there, and take it off.
+        normal = jax.lax.bitcast_convert_type((size << 20) + (120 << 23), jnp.float32)
+        tiny = jax.lax.bitcast_convert_type((size << 20) + (121 << 23), jnp.float32) - 2.0**-6
+        number = jnp.where(size < 8, tiny, normal)
+        return jnp.where(code > 0x7F, -number, number).astype(dtype)
+
+    return jax.lax.platform_dependent(codes, cpu=by_bits, default=lambda codes: codes.astype(dtype))
 
 
 def ungroup_heads(shares: Share, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
