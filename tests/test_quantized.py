@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.errors import InputError
 from jaxinfer.ops import quantized
-from jaxinfer.ops.einsum import einsum, einsum_int8, quantize_rows
+from jaxinfer.ops.einsum import einsum, einsum_int4_int8, einsum_int8, quantize_rows
 from jaxinfer.ops.quantized import Packed, codes, dequantize, nbytes, pack, take_rows, unpack
 from jaxinfer.passes.quantization.rounding import decode, encode, fit_group, leaf, round_to_nearest, scales
 
@@ -159,6 +159,39 @@ def test_an_integer_product_agrees_with_qwix():
     activations = qwix.quantize(x[0], jnp.int8, channelwise_axes=(0,), calibration_method=f"absmax,{127.5 / 127}")
     theirs = qwix.dot_general(activations, q, (((1,), (1,)), ((), ())))
     np.testing.assert_allclose(einsum_int8("btd,fd->btf", x, q)[0], theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("qtype", ["int4", "uint4"])
+@pytest.mark.parametrize(("rows", "group"), [(1, 32), (3, 64), (40, 64), (2, 96)], ids=str)
+def test_an_int4_by_int8_product_is_that_of_the_rounded_parts(qtype, rows, group):
+    """By machine code, with more rows than it takes, and with groups that it does not take."""
+    x, q = draw((1, rows, 192), 1), round_to_nearest(draw((20, 192)), 1, qtype, group)
+    parts = np.asarray(x, np.float64).reshape(rows, 6, 32)
+    scale = np.abs(parts).max(axis=2, keepdims=True) / 127
+    expected = (np.round(np.float32(parts / scale)) * scale).reshape(rows, 192) @ np.asarray(
+        dequantize(q), np.float64
+    ).T
+    out = jax.jit(einsum_int4_int8, static_argnums=0)("btd,fd->btf", x, q)
+    np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=2e-4)
+    assert np.abs(out[0] - x[0] @ dequantize(q).T).max() > 1e-3  # the activations were rounded
+
+
+def test_an_int4_by_int8_product_of_anything_else_is_refused():
+    for q in (round_to_nearest(jnp.ones((4, 64)), 1, "int8"), round_to_nearest(jnp.ones((4, 48)), 1, "int4", 16)):
+        with pytest.raises(ValueError, match="needs a 4-bit kernel, outputs first"):
+            einsum_int4_int8("btd,fd->btf", jnp.ones((1, 1, q.shape[1])), q)
+
+
+@pytest.mark.parametrize("group", [16, 24, 64])
+def test_groups_of_activations_keep_outliers_apart(group):
+    """One large input rounds the others away, unless they are in other groups."""
+    x = draw((1, 2, 192), 1).at[..., 5].set(1e3)
+    q = round_to_nearest(draw((24, 192)), 1, "int8")
+    exact = np.asarray(x[0], np.float64) @ np.asarray(dequantize(q), np.float64).T
+    errors = [np.abs(einsum_int8("btd,fd->btf", x, q, g)[0] - exact).mean() for g in (None, group)]
+    assert errors[1] < 0.6 * errors[0]
+    with pytest.raises(ValueError, match="group=7: does not divide 192 inputs"):
+        einsum_int8("btd,fd->btf", x, q, 7)
 
 
 def test_a_row_of_zeros_is_rounded_to_zeros():

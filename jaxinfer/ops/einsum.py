@@ -15,6 +15,8 @@ from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize, is
 
 _FEW_ROWS = 16  # up to which float x code is faster row by row than after making the weight float
 
+_FEW_ROWS_OF_INT4 = 32  # the same for int8 x of 4-bit codes
+
 
 def einsum(eq: str, x: Float[Array, "..."], kernel: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
     """Return `jnp.einsum(eq, x, kernel)` accumulated in float32 and rounded once to x's dtype.
@@ -60,6 +62,37 @@ def einsum_int8(eq: str, x: Float[Array, "..."], kernel: Quantized, group: int |
         y = _on_cpu(functools.partial(cpu_kernels.int8_matmul, group=group), contract, None, *operands)
     else:
         y = contract(*operands)
+    return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
+
+
+def einsum_int4_int8(eq: str, x: Float[Array, "..."], kernel: Quantized) -> Float[Array, "..."]:
+    """Return `einsum(eq, x, kernel)` of a 4-bit kernel with x rounded to int8, a scale for each run of 32 inputs.
+
+    On a CPU a few rows are integer products within a run. Elsewhere the rounded x meets the weight in floats: the same
+    numbers, without the speed.
+
+    Raises:
+        ValueError: the kernel is not 4-bit and outputs first, or 32 does not divide its groups.
+    """
+    rows, out_shape = _flatten(eq, x, kernel.shape)
+    inner, outputs = rows.shape[1], math.prod(out_shape)
+    group = inner * outputs // kernel.scale.size
+    if inputs_first(eq) or not isinstance(kernel, Packed) or kernel.qtype not in ("int4", "uint4") or group % RUN:
+        raise ValueError("an int4 x int8 product needs a 4-bit kernel, outputs first, in groups of a multiple of 32")
+
+    def contract(rows: Array, kernel: Packed) -> Array:
+        values, scale = quantize_rows(rows, RUN)
+        rounded = (values.reshape(*scale.shape, RUN) * scale[:, :, None]).reshape(rows.shape)
+        return _dot(rounded, dequantize(kernel, jnp.float32).reshape(-1, inner), False)
+
+    def native(rows: Array, kernel: Packed) -> Array:
+        tiles = [None if t is None else t.reshape(outputs, -1) for t in (kernel.scale, kernel.offset)]
+        return cpu_kernels.q4_matmul(rows, kernel.values.reshape(outputs, -1), *tiles, qtype=kernel.qtype)
+
+    runs = group // RUN
+    taken = kernel.scale.dtype in (jnp.float32, jnp.float16) and kernel.shape[-1] % RUN == 0
+    most = _FEW_ROWS_OF_INT4 if taken and (runs <= 2 or runs % 4 == 0) else 0
+    y = _on_cpu(native, contract, most, rows.astype(jnp.float32), kernel)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
 

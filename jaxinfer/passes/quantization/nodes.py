@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.models.layers import Embedding, Linear
 from jaxinfer.models.moe import Experts
-from jaxinfer.ops.einsum import einsum_int8, quantize_rows, sum_groups
+from jaxinfer.ops.einsum import einsum_int4_int8, einsum_int8, quantize_rows, sum_groups
 from jaxinfer.ops.quantized import codes, dequantize
 
 
@@ -30,6 +30,15 @@ class DynamicEmbedding(Embedding):
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return einsum_int8("btd,vd->btv", x, self.table, self.group)
+
+
+@nnx.dataclass
+class DynamicInt4Linear(Linear):
+    """A linear map of 4-bit weights and int8 activations, with scales for each run of 32 of a token's inputs."""
+
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        y = einsum_int4_int8(self.eq, x, self.kernel)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
 @nnx.dataclass
