@@ -9,7 +9,7 @@ from models import tiny_moe
 
 from jaxinfer.errors import InputError
 from jaxinfer.passes.quantization.awq import AWQ
-from jaxinfer.passes.quantization.awq_search import search_factors, search_range
+from jaxinfer.passes.quantization.awq_search import nearest, search_factors, search_range
 from jaxinfer.passes.quantization.int4 import Int4
 from jaxinfer.passes.quantization.rounding import decode, encode, scales
 from jaxinfer.tree import leaves
@@ -94,7 +94,7 @@ def test_a_searched_range_loses_no_more_in_any_group(qtype):
     whole, cut = scales(w, qtype, 8), search_range(w, hessian, qtype, 8)
 
     def loss(grid):
-        d = (w - decode(encode(w, *grid, qtype), *grid, qtype)).reshape(24, 4, 8)
+        d = (w - decode(nearest(w, *grid, qtype), *grid, qtype)).reshape(24, 4, 8)
         return np.stack(
             [((d[:, g] @ hessian[g * 8 : g * 8 + 8, g * 8 : g * 8 + 8]) * d[:, g]).sum(1) for g in range(4)]
         )

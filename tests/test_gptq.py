@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from channels import logits, lost, random_text, uneven_program
 from models import random_program, tiny_config, tiny_moe
 from qwix._src.core import qarray
 from qwix.contrib import gptq_core
@@ -13,12 +14,11 @@ from jaxinfer.models.layers import Linear
 from jaxinfer.models.moe import Experts
 from jaxinfer.ops.quantized import dequantize
 from jaxinfer.passes.calibration import Calibration
-from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.passes.quantization.gptq import GPTQ, gptq
 from jaxinfer.passes.quantization.gptq_rounding import gptq_codes
 from jaxinfer.passes.quantization.int4 import Int4
 from jaxinfer.passes.quantization.rounding import decode, encode, round_to_nearest, scales
-from jaxinfer.tree import replace, select
+from jaxinfer.tree import select
 
 ANY = (-127, 127)  # so wide that nothing clips
 INT4 = (-7, 7)
@@ -150,40 +150,23 @@ def test_it_agrees_with_qwix_on_one_scale_an_output():
     assert (np.asarray(ours) == np.asarray(theirs.qvalue)).mean() > 0.99
 
 
-MODELS = {
-    "separate": ({}, ()),
-    "fused": ({"qkv_bias": True}, ("fused", "long_last")),
-    "experts": ({"moe": tiny_moe()}, ("fused",)),
-}
-
-
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["separate", "fused", "experts"])
 def program(request):
-    config, layouts = MODELS[request.param]
-    program = random_program(tiny_config(**config))
-    layers = [apply_layouts(block, layouts) for block in program.model.layers]
-    return program.replace(model=replace(program.model, layers=layers))
+    config = {"moe": tiny_moe()} if request.param == "experts" else {"qkv_bias": True}
+    return uneven_program(() if request.param == "separate" else ("fused", "long_last"), **config)
 
 
 @pytest.fixture(scope="module")
 def calibration(program):
-    tokens = np.random.default_rng(0).integers(0, 96, 32 * 24)
-    return Calibration.of(program, tokens.tolist(), windows=32, window=24)
+    return random_text(program)
 
 
-def hidden(program, tokens):
-    return program.model(tokens, program.model.init_cache(*tokens.shape))[0]
-
-
-def test_the_pass_loses_less_than_rounding_to_nearest_on_its_text(program, calibration):
-    tokens = jnp.asarray(calibration.tokens)
-    exact = hidden(program, tokens)
-    keep = dict(group=8, embedding=False)
-    lost = [
-        float(jnp.square(hidden(technique(program), tokens) - exact).mean())
-        for technique in (GPTQ(**keep, calibration=calibration), Int4(**keep))
-    ]
-    assert 0 < lost[0] < lost[1], lost
+@pytest.mark.parametrize("clip, share", [(False, 1.0), (True, 0.8)])
+def test_the_pass_loses_less_than_rounding_to_nearest_on_its_text(program, calibration, clip, share):
+    exact = logits(program, calibration.tokens)
+    done = GPTQ(group=8, clip=clip, embedding=False, calibration=calibration)(program)
+    plain = Int4(group=8, embedding=False)(program)
+    assert 0 < lost(done, exact, calibration.tokens) < share * lost(plain, exact, calibration.tokens)
 
 
 def test_each_node_is_rounded_by_its_own_moments(program, calibration):
@@ -199,9 +182,9 @@ def test_each_node_is_rounded_by_its_own_moments(program, calibration):
 def test_experts_are_rounded_one_by_one():
     w = jnp.stack([weights(24, 16, seed) for seed in range(3)])
     hessian = jnp.stack([moments(16, seed=seed) for seed in range(2)] + [jnp.zeros((16, 16))])
-    together = dequantize(gptq(w, 1, hessian, group=8))
+    together = dequantize(gptq(w, 1, hessian, group=8, clip=False))
     for e in range(2):
-        np.testing.assert_array_equal(together[e], dequantize(gptq(w[e], 1, hessian[e], group=8)))
+        np.testing.assert_array_equal(together[e], dequantize(gptq(w[e], 1, hessian[e], group=8, clip=False)))
     np.testing.assert_array_equal(together[2], dequantize(round_to_nearest(w[2], 1, "int4", 8)))
 
 

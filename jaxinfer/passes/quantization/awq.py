@@ -16,10 +16,10 @@ from jaxinfer.models.layers import Linear
 from jaxinfer.models.moe import Experts
 from jaxinfer.ops.quantized import Quantized
 from jaxinfer.passes.base import About
-from jaxinfer.passes.quantization.awq_search import search_factors, search_range
+from jaxinfer.passes.quantization.awq_search import nearest, search_factors, search_range
 from jaxinfer.passes.quantization.calibrated import CalibratedWeights
 from jaxinfer.passes.quantization.rescaling import FOLDS, Fold, folds
-from jaxinfer.passes.quantization.rounding import encode, fit_group, leaf, scales
+from jaxinfer.passes.quantization.rounding import fit_group, leaf, scales
 from jaxinfer.passes.quantization.weights import outputs_first
 from jaxinfer.tree import select
 
@@ -91,4 +91,4 @@ def _round(kernel: Array, inputs: int, hessian: Array, qtype: str, group: int, c
     grid = search_range(flat, hessian, qtype, group) if clip else scales(flat, qtype, group)
     # The codes must fit the scale as it is stored, which may be rounded.
     grid = [None if part is None else part.astype(kernel.dtype).astype(jnp.float32) for part in grid]
-    return leaf(encode(flat, *grid, qtype), *grid, qtype, kernel.shape, inputs, kernel.dtype)
+    return leaf(nearest(flat, *grid, qtype), *grid, qtype, kernel.shape, inputs, kernel.dtype)

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxinfer.passes.quantization.rounding import decode, encode, scales
 
-_SHARES = np.linspace(1.0, 0.5, 11, dtype=np.float32)  # of a group's range, that the clip search tries
+LEVELS = {"int4": (-8, 7), "uint4": (0, 15)}  # least and largest code
+_SHARES = np.linspace(1.0, 0.5, 11, dtype=np.float32)  # of a group's range, that its search tries
 Grid = tuple[Float[Array, "*O G"], Float[Array, "*O G"] | None]
 
 
@@ -51,24 +52,35 @@ def search_factors(
 
 
 def search_range(w: Float[Array, "*E O I"], hessian: Float[Array, "*E I I"], qtype: str, group: int) -> Grid:
-    """Return each group's scale (and offset) for the share of its range that loses least at the layer's output.
+    """Return each group's scale (and offset) that loses least at the layer's output, of those tried.
 
-    A group's loss is `d H_g d^T` for its errors d and the second moments H_g of its own inputs.
+    A group's loss is `d H_g d^T` for its errors d and the second moments H_g of its own inputs. The range is cut to a
+    share of its extent; without an offset the scale has either sign, since codes go to -8 on one side and 7 on the
+    other.
     """
     count = w.shape[-1] // group
     blocks = hessian.reshape(*hessian.shape[:-2], count, group, count, group)
     blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)  # [*E, G, group, group]
+    scale, offset = scales(w, qtype, group)
 
     def at(share: Array) -> Grid:
-        scale, offset = scales(w, qtype, group)
         if offset is None:
             return scale * share, None
         return scale * share, offset + 7.5 * scale * (1 - share)  # the same middle
 
     def loss(share: Array) -> Array:
         grid = at(share)
-        d = (decode(encode(w, *grid, qtype), *grid, qtype) - w).reshape(*w.shape[:-1], count, group)
+        d = (decode(nearest(w, *grid, qtype), *grid, qtype) - w).reshape(*w.shape[:-1], count, group)
         return (jnp.einsum("...ogi,...gij->...ogj", d, blocks) * d).sum(axis=-1)
 
-    shares = jnp.asarray(_SHARES)
+    shares = jnp.asarray(_SHARES if offset is not None else np.concatenate([_SHARES, -_SHARES]))
     return at(shares[jax.lax.map(loss, shares).argmin(axis=0)])
+
+
+def nearest(
+    w: Float[Array, "*O I"], scale: Float[Array, "*O G"], offset: Float[Array, "*O G"] | None, qtype: str
+) -> Int[Array, "*O I"]:
+    """Return the nearest of all 16 codes: `encode` leaves -8 out, which a scale of max |w| / 7 never needs."""
+    g = w.astype(jnp.float32).reshape(*scale.shape, -1)
+    g = (g if offset is None else g - offset[..., None]) / scale[..., None]
+    return jnp.clip(jnp.round(g), *LEVELS[qtype]).astype(jnp.int8).reshape(w.shape)

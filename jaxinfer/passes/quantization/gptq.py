@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxinfer.errors import InputError
 from jaxinfer.ops.quantized import Quantized
 from jaxinfer.passes.base import About
+from jaxinfer.passes.quantization.awq_search import LEVELS, search_range
 from jaxinfer.passes.quantization.calibrated import CalibratedWeights
 from jaxinfer.passes.quantization.gptq_rounding import gptq_codes
 from jaxinfer.passes.quantization.rounding import fit_group, leaf, scales
@@ -34,7 +35,7 @@ class GPTQ(CalibratedWeights):
     wants: ClassVar[tuple[str, ...]] = ("hessian",)
     group: int = 64  # inputs that share a scale
     symmetric: bool = True  # without an offset
-    clip: bool = False  # search the range that rounds with the least squared error
+    clip: bool = True  # search each group's range first, by what it costs at the output
     act_order: bool = True  # inputs of large second moment first
     damp: float = 0.01  # added to the diagonal of the second moments, in units of its mean
 
@@ -63,7 +64,7 @@ def gptq(
     *,
     group: int,
     symmetric: bool = True,
-    clip: bool = False,
+    clip: bool = True,
     act_order: bool = True,
     damp: float = 0.01,
 ) -> Quantized:
@@ -71,15 +72,15 @@ def gptq(
 
     Experts have a leading axis, in the kernel as in the Hessian; they are rounded one at a time.
     """
-    qtype, levels = ("int4", (-7, 7)) if symmetric else ("uint4", (0, 15))
+    qtype = "int4" if symmetric else "uint4"
     experts = hessian.ndim == 3
-    flat = kernel.reshape(*kernel.shape[:experts], -1, hessian.shape[-1])
+    flat = kernel.astype("float32").reshape(*kernel.shape[:experts], -1, hessian.shape[-1])
     scale, offset = (
         # The codes must fit the scale as it is stored, which may be rounded.
         None if part is None else part.astype(kernel.dtype).astype("float32")
-        for part in scales(flat, qtype, group, clip)
+        for part in (search_range(flat, hessian, qtype, group) if clip else scales(flat, qtype, group))
     )
-    run = lambda one: gptq_codes(*one, levels, act_order=act_order, damp=damp)  # noqa: E731
+    run = lambda one: gptq_codes(*one, LEVELS[qtype], act_order=act_order, damp=damp)  # noqa: E731
     each = (flat, hessian, scale, offset)
     codes = jax.lax.map(run, each) if experts else run(each)
     return leaf(codes, scale, offset, qtype, kernel.shape, inputs, kernel.dtype)
