@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int, Num
+from jaxtyping import Array, DTypeLike, Float, Int, Int8, UInt8
 
 from jaxinfer.cache.slots import write
 from jaxinfer.errors import InputError, nearest
@@ -13,13 +14,14 @@ from jaxinfer.ops.attention import Scaled
 from jaxinfer.ops.online_attention import online_attention
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest code of each type
+QType = Literal["int8", "float8_e4m3fn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizedCache:
     """The kind of cache that rounds each head of a token to `qtype`: `code * scale`, scale = max |x| / largest code."""
 
-    qtype: Literal["int8", "float8_e4m3fn"] = "int8"
+    qtype: QType = "int8"
 
     def __post_init__(self):
         if self.qtype not in LARGEST:
@@ -28,18 +30,20 @@ class QuantizedCache:
     def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "QuantizedLayer":
         """Return an empty cache; attention dequantizes to the dtype of the queries, whatever `dtype` is."""
         shape = (batch, kv_heads, slots)
-        codes, scale = jnp.zeros((*shape, head_dim), self.qtype), jnp.zeros((*shape, 1), jnp.bfloat16)
-        return QuantizedLayer(k=codes, k_scale=scale, v=codes, v_scale=scale)
+        codes = jnp.zeros((*shape, head_dim), jnp.int8 if self.qtype == "int8" else jnp.uint8)
+        scale = jnp.zeros((*shape, 1), jnp.bfloat16)
+        return QuantizedLayer(k=codes, k_scale=scale, v=codes, v_scale=scale, qtype=self.qtype)
 
 
 @nnx.dataclass
 class QuantizedLayer(nnx.Module):
     """Codes `[B, K, S, H]` and their scales `[B, K, S, 1]`; slot s holds position s."""
 
-    k: Num[Array, "B K S H"] = nnx.data()
+    k: Int8[Array, "B K S H"] | UInt8[Array, "B K S H"] = nnx.data()
     k_scale: Float[Array, "B K S 1"] = nnx.data()
-    v: Num[Array, "B K S H"] = nnx.data()
+    v: Int8[Array, "B K S H"] | UInt8[Array, "B K S H"] = nnx.data()
     v_scale: Float[Array, "B K S 1"] = nnx.data()
+    qtype: QType = nnx.static(kw_only=True)
 
     @property
     def exact_rewind(self) -> None:
@@ -54,12 +58,13 @@ class QuantizedLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "QuantizedLayer":
         """Quantize the new tokens and write each row's first counts[b] at its own slots."""
-        k, v = quantize(k.transpose(0, 2, 1, 3), self.k.dtype), quantize(v.transpose(0, 2, 1, 3), self.v.dtype)
+        k, v = (quantize(x.transpose(0, 2, 1, 3), self.qtype) for x in (k, v))
         return QuantizedLayer(
             k=write(self.k, k.values, start, counts),
             k_scale=write(self.k_scale, k.scale, start, counts),
             v=write(self.v, v.values, start, counts),
             v_scale=write(self.v_scale, v.scale, start, counts),
+            qtype=self.qtype,
         )
 
     def attend(
@@ -80,16 +85,17 @@ class QuantizedLayer(nnx.Module):
         return self
 
 
-def quantize(x: Float[Array, "B K T H"], qtype: DTypeLike) -> Scaled:
-    """Return codes and scales with `|code * scale - x| <= scale / 2` for int8.
+def quantize(x: Float[Array, "B K T H"], qtype: QType) -> Scaled:
+    """Return codes (of fp8 the bits) and scales with `|code * scale - x| <= scale / 2` for int8.
 
     The scale is rounded to bfloat16 before it divides, which costs nothing: the largest number is still half a step off
     at most (127 / 2^8).
     """
-    qtype = jnp.dtype(qtype)
-    largest = LARGEST[qtype.name]
+    largest = LARGEST[qtype]
     x = x.astype(jnp.float32)
     scale = (jnp.abs(x).max(axis=-1, keepdims=True) / largest).astype(jnp.bfloat16)
     codes = x / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
-    codes = jnp.clip(jnp.round(codes) if qtype == jnp.int8 else codes, -largest, largest)
-    return Scaled(codes.astype(qtype), scale)
+    if qtype == "int8":
+        return Scaled(jnp.clip(jnp.round(codes), -largest, largest).astype(jnp.int8), scale)
+    codes = jnp.clip(codes, -largest, largest).astype(qtype)
+    return Scaled(jax.lax.bitcast_convert_type(codes, jnp.uint8), scale)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 MASKED = -1e30  # finite, so that padding, which sees nothing, gives numbers and not NaN
 QUERY_BLOCK = 256  # query tokens scored together in a prefill: bounds the score matrix to [N, 256, live slots]
@@ -13,9 +13,13 @@ _SMALLEST_READ = 128  # slots; below it a smaller read saves nothing
 
 
 class Scaled(NamedTuple):
-    """Keys or values in a narrow type: `values * scale`, with one scale a token and head."""
+    """Keys or values in a byte each: `values * scale`, with one scale a token and head.
 
-    values: Num[Array, "B K S H"]
+    The values are int8, or the bits of float8_e4m3fn as uint8: XLA's CPU backend moves numbers of that type by way of
+    float16, all of a cache at once.
+    """
+
+    values: Int8[Array, "B K S H"] | UInt8[Array, "B K S H"]
     scale: Float[Array, "B K S 1"]
 
 
@@ -154,13 +158,13 @@ def share(
 
 
 def _widened(codes: Array, dtype: jnp.dtype) -> Array:
-    """Return `codes.astype(dtype)`; one of the codes of float8_e4m3fn, NaN, may come out as a number."""
-    if codes.dtype != jnp.float8_e4m3fn:
+    """Return the numbers that int8 codes or float8_e4m3fn bits stand for; the NaN of the latter may come out as one."""
+    if codes.dtype == jnp.int8:
         return codes.astype(dtype)
 
     def by_bits(codes: Array) -> Array:
         # XLA's CPU backend converts float8 one by one, thirty times slower than it moves these bits.
-        code = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint32)
+        code = codes.astype(jnp.uint32)
         size = code & 0x7F
         # The exponent's bias is 7, and float32's 127. Below 2^-6 there is no leading 1: put one there, and take it off.
         normal = jax.lax.bitcast_convert_type((size << 20) + (120 << 23), jnp.float32)
@@ -168,7 +172,10 @@ def _widened(codes: Array, dtype: jnp.dtype) -> Array:
         number = jnp.where(size < 8, tiny, normal)
         return jnp.where(code > 0x7F, -number, number).astype(dtype)
 
-    return jax.lax.platform_dependent(codes, cpu=by_bits, default=lambda codes: codes.astype(dtype))
+    def convert(codes: Array) -> Array:
+        return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(dtype)
+
+    return jax.lax.platform_dependent(codes, cpu=by_bits, default=convert)
 
 
 def ungroup_heads(shares: Share, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
