@@ -163,9 +163,25 @@ def _on_cpu(
     native: Callable[..., Array], contract: Callable[..., Array], most: int | None, rows: Array, *kernel: Any
 ) -> Array:
     """Return the product by machine code where it runs on a CPU with at most `most` rows, else by XLA."""
-    if (most is not None and rows.shape[0] > most) or not cpu_kernels.available():
-        return contract(rows, *kernel)
-    return jax.lax.platform_dependent(rows, *kernel, cpu=native, default=contract)
+    if (most is None or rows.shape[0] <= most) and cpu_kernels.available():
+        return jax.lax.platform_dependent(rows, *kernel, cpu=native, default=contract)
+    return jax.lax.platform_dependent(
+        rows, *kernel, cpu=lambda rows, *kernel: contract(rows, *_late(rows, kernel)), default=contract
+    )
+
+
+def _late(rows: Float[Array, "M I"], kernel: Any) -> Any:
+    """Return the kernel as something that depends on the rows, which it does not.
+
+    XLA's CPU backend makes a float kernel as soon as it can, and so those of all layers at once: as many bytes as the
+    model had before it was quantized. (It drops optimization barriers before it decides on the order.)
+    """
+    never = rows[0, 0] > jnp.inf  # false, of a NaN too; XLA does not know
+
+    def tie(part: Array) -> Array:
+        return part + never.astype(part.dtype) if jnp.issubdtype(part.dtype, jnp.integer) else jnp.where(never, 0, part)
+
+    return jax.tree.map(tie, kernel)
 
 
 def _flatten(eq: str, x: Array, kernel_shape: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:

@@ -17,10 +17,18 @@ from jaxinfer.passes.base import Calibrated, Technique, option_fields
 from jaxinfer.passes.kv_cache.fp8 import KVFP8
 from jaxinfer.passes.kv_cache.int8 import KVInt8
 from jaxinfer.passes.kv_cache.kivi import KVInt4
+from jaxinfer.passes.quantization.awq import AWQ
 from jaxinfer.passes.quantization.fp8 import FP8
+from jaxinfer.passes.quantization.gptq import GPTQ
 from jaxinfer.passes.quantization.int4 import Int4
 from jaxinfer.passes.quantization.int8 import Int8
+from jaxinfer.passes.quantization.llm_int8 import LLMInt8
+from jaxinfer.passes.quantization.mixed import Mixed
 from jaxinfer.passes.quantization.nf4 import NF4
+from jaxinfer.passes.quantization.quarot import QuaRot
+from jaxinfer.passes.quantization.smoothquant import SmoothQuant
+from jaxinfer.passes.quantization.spinquant import SpinQuant
+from jaxinfer.passes.quantization.w4a8 import W4A8
 from jaxinfer.passes.quantization.w8a8 import W8A8
 from jaxinfer.program import Program
 
@@ -30,6 +38,14 @@ PASSES: dict[str, type[Technique]] = {
     "nf4": NF4,
     "fp8": FP8,
     "w8a8": W8A8,
+    "w4a8": W4A8,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "smoothquant": SmoothQuant,
+    "llm_int8": LLMInt8,
+    "mixed": Mixed,
+    "quarot": QuaRot,
+    "spinquant": SpinQuant,
     "kv_int8": KVInt8,
     "kv_fp8": KVFP8,
     "kv_int4": KVInt4,
@@ -95,7 +111,7 @@ def _options(spec: str, text: str) -> dict[str, str]:
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
     """Return an option's value as its field's type; text, as it comes from a command line, is read."""
-    kinds = typing.get_args(kind) or (kind,)
+    kinds = (kind,) if typing.get_origin(kind) is tuple else typing.get_args(kind) or (kind,)
     if isinstance(value, str) and type(None) in kinds and value.lower() in ("none", ""):
         return None
     for want in (k for k in kinds if k is not type(None)):
