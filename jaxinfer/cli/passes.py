@@ -84,7 +84,7 @@ def table() -> str:
             reasons: dict[str, list[str]] = {}
             for before, reason in r["not_after"].items():
                 reasons.setdefault(reason, []).append(before)
-            lines += [f"{'':{width}s}  not after {', '.join(b)}: {reason}" for reason, b in reasons.items()]
+            lines += [f"{'':{width}s}  not after {_some(b)}: {reason}" for reason, b in reasons.items()]
     return "\n".join(lines)
 
 
@@ -108,19 +108,31 @@ def one(name: str) -> str:
     return "\n".join(lines)
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
 def matrix() -> str:
-    """Return the composition matrix: row first, column after it; a number is a reason below the table."""
+    """Return the composition matrix: row first, column after it; a number is a reason below the table.
+
+    Passes that are refused after the same ones, and before the same ones, share a row and a column.
+    """
     from jaxinfer.passes import PASSES
 
     refused = {after: not_after(after) for after in PASSES}
+    kinds: dict[tuple, list[str]] = {}
+    for name in PASSES:
+        before = tuple(sorted(refused[name].items()))
+        after = tuple((other, row[name]) for other, row in refused.items() if name in row)
+        kinds.setdefault((before, after), []).append(name)
+    groups = list(kinds.values())
     reasons = list(dict.fromkeys(reason for row in refused.values() for reason in row.values()))
-    head = "| first \\ then | " + " | ".join(PASSES) + " |"
-    lines = [head, "|---" * (len(PASSES) + 1) + "|"]
-    for before in PASSES:
-        cells = [str(reasons.index(refused[a][before]) + 1) if before in refused[a] else "+" for a in PASSES]
-        lines.append(f"| {before} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "+ runs and keeps the laws. Refused: " + "; ".join(f"({i}) {r}" for i, r in enumerate(reasons, 1)) + ".",
-    ]
-    return "\n".join(lines)
+    lines = ["| first \\ then | " + " | ".join(", ".join(g) for g in groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    for first in groups:
+        found = [refused[then[0]].get(first[0]) for then in groups]
+        cells = ["+" if reason is None else f"({reasons.index(reason) + 1})" for reason in found]
+        lines.append(f"| {', '.join(first)} | " + " | ".join(cells) + " |")
+    notes = [f"({i}) {reason}" for i, reason in enumerate(reasons, 1)]
+    return "\n".join(
+        [*lines, "", "+ runs and keeps every law. Refused, each with its message: " + "; ".join(notes) + "."]
+    )

@@ -116,7 +116,7 @@ def conflict(before: str, options: Mapping[str, object], after: Technique) -> st
     first, second = PASSES[before].about, after.about
     if before in second.conflicts:
         return second.conflicts[before]
-    if first.takes is None:
+    if first.takes is None or options.get("rounding") is False:  # the latter only scaled what it would take
         return None
     if first.takes in second.needs:
         return FREE[first.takes]
