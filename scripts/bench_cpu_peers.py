@@ -25,15 +25,19 @@ WORKER = Path(__file__).with_name("cpu_peer_worker.py")
 VARIANTS = {  # name: (implementation, dtype, cases)
     "jaxinfer float32": ("jaxinfer", "float32", ("prefill", "decode")),
     "jaxinfer bfloat16": ("jaxinfer", "bfloat16", ("prefill", "decode")),
+    "jaxinfer w8a8": ("jaxinfer", "float32+w8a8", ("prefill", "decode")),
+    "jaxinfer w4a8": ("jaxinfer", "float32+w4a8", ("prefill", "decode")),
     "llama.cpp": ("llama.cpp", "as stored", ("prefill", "decode")),
     "transformers float32": ("transformers", "float32", ("prefill", "decode")),
     "transformers bfloat16": ("transformers", "bfloat16", ("prefill",)),
 }
-BARS = [  # case, our dtype (None: the best), peer, at least this many times its speed
+BARS = [  # case, ours (None: the best), peer, at least this many times its speed
     ("prefill", None, "llama.cpp", 2.2),
     ("prefill", None, "transformers", 1.3),
-    ("decode", "float32", "llama.cpp", 0.45),
-    ("decode", "float32", "transformers", 2.5),
+    ("decode", "jaxinfer float32", "llama.cpp", 0.45),
+    ("decode", "jaxinfer float32", "transformers", 2.5),
+    ("decode", "jaxinfer w8a8", "llama.cpp", 0.85),
+    ("decode", "jaxinfer w8a8", "jaxinfer float32", 1.6),
 ]
 
 
@@ -92,13 +96,16 @@ def report(results: dict[tuple[str, str], dict]) -> None:
             for peer, theirs in (found(case, "llama.cpp") | found(case, "transformers")).items():
                 print(f"{case:8s} {name:18s} {peer:22s} {ours:9.1f} {theirs:9.1f} {ours / theirs:5.2f}x")
     print()
-    for case, dtype, implementation, bar in BARS:
-        ours = {name: speed for name, speed in found(case, "jaxinfer").items() if dtype is None or dtype in name}
-        if not ours or not found(case, implementation):
-            print(f"{case}: {bar} x {implementation}: not measured")
+    for case, which, against, bar in BARS:
+        ours = {name: speed for name, speed in found(case, "jaxinfer").items() if which in (None, name)}
+        peers = {
+            name: row["tokens_per_s"] for (c, name), row in results.items() if c == case and name.startswith(against)
+        }
+        if not ours or not peers:
+            print(f"{case}: {bar} x {against}: not measured")
             continue
         best = max(ours, key=ours.get)
-        for peer, theirs in found(case, implementation).items():
+        for peer, theirs in peers.items():
             ratio = ours[best] / theirs
             verdict = "met" if ratio >= bar else f"missed by {100 * (1 - ratio / bar):.0f} %"
             print(f"{case}: {best} is {ratio:.2f} x {peer}; the bar is {bar} x: {verdict}")

@@ -1,6 +1,6 @@
 """One implementation in a process of its own, for bench_cpu_peers.py: loads a GGUF file once, then answers requests.
 
-    python scripts/cpu_peer_worker.py FILE IMPLEMENTATION DTYPE THREADS
+    python scripts/cpu_peer_worker.py FILE IMPLEMENTATION DTYPE[+PASS...] THREADS
 
 A request and an answer are a JSON line each: {"do": "prefill", "tokens": [...]} -> {"seconds": ..., ...}. Prefill ends
 with the last token's logits; decode begins after the prompt, and its first token costs no forward pass.
@@ -23,7 +23,8 @@ class Jaxinfer:
 
         import jaxinfer
 
-        self.program = jaxinfer.load(path, dtype=dtype)
+        dtype, *passes = dtype.split("+")  # "float32+w8a8"
+        self.program = jaxinfer.apply(jaxinfer.load(path, dtype=dtype), *passes)
         layouts = "+".join(self.program.layouts) or "separate"
         self.about = {"version": jaxinfer.__version__, "notes": f"jax {jax.__version__}, layout {layouts}"}
 
