@@ -1,7 +1,9 @@
 """Hadamard rotations that hide outliers, so that 4 bits do: no loss by itself, a few cheap transforms a token.
 
-Apply it before a quantization pass. The transforms of the residual stream and of values are absorbed into the weights;
-the one before the MLP's down projection, and those that the options add, run online in O(n log n).
+Apply it before a quantization pass: one that rounds activations, or for weights alone `gptq`. Rounding weights to
+nearest can lose more after it than before, since norm gains, which hold large channels down, are then inside the
+groups that share a scale. The transforms of the residual stream and of values are absorbed into the weights; the one
+before the MLP's down projection, and those that the options add, run online in O(n log n).
 """
 
 import dataclasses
