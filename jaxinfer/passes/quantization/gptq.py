@@ -29,7 +29,7 @@ class GPTQ(CalibratedWeights):
         family="quantization",
         paper="2210.17323",
         degenerate={"skip": ".*", "embedding": False},
-        bound=0.12,
+        bound=0.15,
         takes="kernels",
     )
     wants: ClassVar[tuple[str, ...]] = ("hessian",)
