@@ -74,7 +74,12 @@ def fingerprint(program: Program) -> dict[str, Any]:
     """Return what tells two models apart: architecture, dtype, passes and a hash of the last norm."""
     scale = np.asarray(program.model.final_norm.scale, np.float32)
     weights = hashlib.sha256(scale.tobytes()).hexdigest()
-    return {"config": config_to_dict(program.config), "dtype": dtype_of(program), "weights": weights, "passes": program.passes}
+    return {
+        "config": config_to_dict(program.config),
+        "dtype": dtype_of(program),
+        "weights": weights,
+        "passes": program.passes,
+    }
 
 
 def dtype_of(program: Program) -> str:

@@ -55,19 +55,19 @@ class Technique:
         Raises:
             InputError: a pass that was applied before forbids this one, or `where` matches nothing.
         """
+        self.check(program)
+        out = through_shapes(self.transform, program)
+        return out.replace(passes=(*program.passes, (self.name, self.options())))
+
+    def check(self, program: Program) -> None:
+        """Raise InputError where a pass that was applied before forbids this one."""
         for name, options in program.passes:
             if reason := conflict(name, options, self):
                 raise InputError(f"{self.name} after {name}: {reason}")
-        out = through_shapes(self.transform, program)
-        return out.replace(passes=(*program.passes, (self.name, self.resolved(out))))
 
     def options(self) -> dict[str, Any]:
         """Return the options by name."""
         return {f.name: getattr(self, f.name) for f in option_fields(type(self))}
-
-    def resolved(self, program: Program) -> dict[str, Any]:
-        """Return the options that give `program` again; what a pass decided by itself may be among them."""
-        return self.options()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,15 @@ class Calibrated(Technique):
 
     def transform(self, program: Program) -> Program:
         """Visit every layer; each one's statistics come from the layers below as they have become."""
-        from jaxinfer.passes.calibration import sweep
+        return program.replace(model=self.sweep(program.model, self.visit))
 
-        return program.replace(model=sweep(program.model, self.calibration, self.wants, self.visit, self.name))
+    def sweep(self, model: Any, visit: Callable[..., Any], choose: Callable[[int], Any] | None = None) -> Any:
+        """Return the model with its layers visited; see `calibration.sweep`."""
+        from jaxinfer.passes import calibration
+
+        return calibration.sweep(
+            model, self.calibration, self.wants, visit, self.name, choose=choose, options=self.options()
+        )
 
     def __call__(self, program: Program) -> Program:
         """Apply the pass. See `Technique`.

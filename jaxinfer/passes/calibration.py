@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from jaxinfer.program import Program
 from jaxinfer.tree import replace
 
 Stats = Mapping[str, Mapping[str, Array]]  # path of a linear map in its layer -> statistic -> array
-Visit = Callable[[Any, Stats], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +75,23 @@ class Calibration:
         return [self.tokens[i : i + self.batch_size] for i in range(0, len(self.tokens), self.batch_size)]
 
 
-def sweep(model: Transformer, calibration: Calibration | None, wants: Sequence[str], visit: Visit, label: str):
+def sweep(
+    model: Transformer,
+    calibration: Calibration | None,
+    wants: Sequence[str],
+    visit: Callable[..., Any],
+    label: str,
+    choose: Callable[[int], Hashable] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Transformer:
     """Return the model with `visit(layer, its statistics)` in place of every layer, from the first to the last.
 
     A layer's statistics are of the text as it comes out of the layers below after their visit, so that a pass sees,
     and may correct, the errors that it made there. Only one layer's statistics exist at a time. On a tree of shapes
     nothing is run.
+
+    With `choose`, layer i is visited as `visit(layer, statistics, choose(i))`; a visit is compiled once a choice.
+    `options` of the visit are part of what a killed sweep must share with the one that goes on.
 
     Raises:
         InputError: an unknown statistic, or a directory that another sweep has written to.
@@ -90,24 +100,29 @@ def sweep(model: Transformer, calibration: Calibration | None, wants: Sequence[s
         raise InputError(f"{label}: no statistic {unknown[0]!r}; there are {', '.join(STATISTICS)}")
     wants = tuple(wants)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
-        return replace(model, layers=[visit(layer, _zeros(model, layer, wants)) for layer in model.layers])
+        layers = [visit(x, _zeros(model, x, wants), *_choice(choose, i)) for i, x in enumerate(model.layers)]
+        return replace(model, layers=layers)
     hidden = [_embed(model.embed, part) for part in calibration.batches()]
-    visit = jax.jit(visit)
-    saved = None if calibration.directory is None else Saved(calibration, label, model)
+    visit = jax.jit(visit, static_argnums=() if choose is None else 2)
+    saved = None if calibration.directory is None else Saved(calibration, f"{label} {dict(options or {})}", model)
     layers: list[Any] = []
     if saved is not None:
-        shapes = [jax.eval_shape(visit, layer, _zeros(model, layer, wants)) for layer in model.layers]
+        shapes = [visit.eval_shape(x, _zeros(model, x, wants), *_choice(choose, i)) for i, x in enumerate(model.layers)]
         layers, hidden = saved.restore(shapes, hidden)
     with tqdm(
         total=len(model.layers), initial=len(layers), desc=label, unit="layer", disable=not calibration.progress
     ) as bar:
         for layer in model.layers[len(layers) :]:
-            layers.append(visit(layer, _statistics(layer, hidden, wants)))
+            layers.append(visit(layer, _statistics(layer, hidden, wants), *_choice(choose, len(layers))))
             hidden = [_run(layers[-1], x) for x in hidden]
             if saved is not None:
                 saved.write(len(layers) - 1, layers[-1], hidden)
             bar.update()
     return replace(model, layers=layers)
+
+
+def _choice(choose: Callable[[int], Hashable] | None, index: int) -> tuple[Hashable, ...]:
+    return () if choose is None else (choose(index),)
 
 
 def survey(

@@ -9,7 +9,7 @@ from jaxinfer.passes.base import About
 from jaxinfer.passes.quantization.rounding import round_to_nearest
 from jaxinfer.passes.quantization.weights import WeightOnly
 
-_round = jax.jit(round_to_nearest, static_argnums=(1, 2, 3, 4))
+_round = jax.jit(round_to_nearest, static_argnums=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,7 @@ class Int8(WeightOnly):
         bound=0.005,
         takes="kernels",
     )
-    clip: bool = False  # search the range that rounds with the least squared error
 
     def round(self, kernel, inputs, path):
         """Return the leaf of one kernel."""
-        return _round(kernel, inputs, "int8", None, self.clip)
+        return _round(kernel, inputs, "int8")

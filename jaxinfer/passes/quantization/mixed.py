@@ -13,7 +13,7 @@ from jaxinfer.errors import InputError
 from jaxinfer.models.layers import Linear
 from jaxinfer.models.moe import Experts
 from jaxinfer.ops.quantized import Quantized, dequantize
-from jaxinfer.passes.base import About, Calibrated, is_abstract
+from jaxinfer.passes.base import About, Calibrated, Technique, is_abstract
 from jaxinfer.passes.calibration import survey
 from jaxinfer.passes.quantization.rounding import fit_group, round_to_nearest
 from jaxinfer.passes.quantization.weights import NOT_ROUTERS, outputs_first, quantize_embedding, quantize_nodes
@@ -56,18 +56,19 @@ class Mixed(Calibrated):
         """
         if not 4 <= self.bits <= 8:
             raise InputError(f"mixed:bits={self.bits}: must be in 4..8")
+        self.check(program)
         if self.plan:
-            return super().__call__(program)
+            return Technique.__call__(self, program)  # what is planned needs no text
         sizes = self._sizes(program.model)
         if is_abstract(program.model):  # which ones is not known, but how many bytes
-            return super(Mixed, self._planned(list(sizes), sizes)).__call__(program)
+            return self._planned(list(sizes), sizes)(program)
         if self.calibration is None or not sizes:
             return super().__call__(program)  # which raises, or has nothing to do
         losses = survey(program.model, self.calibration, self.wants, self._losses, "sensitivity")
         by_path = {f"layers.{i}.{path}": float(loss) for i, of in enumerate(losses) for path, loss in of.items()}
         # What no text was measured for (an untied unembedding) comes first: every token's logits pass through it.
         order = sorted(sizes, key=lambda path: -by_path.get(path, float("inf")) / sizes[path])
-        return super(Mixed, self._planned(order, sizes)).__call__(program)
+        return self._planned(order, sizes)(program)
 
     def transform(self, program: Program) -> Program:
         """Round every kernel as planned."""

@@ -90,7 +90,7 @@ def _qkv(block: Any) -> Fold | None:
 def _gate_up(block: Any) -> Fold | None:
     if isinstance(block.mlp, MoE):
         fold = _after_norm(block, "mlp_norm", "gate_up", "mlp")
-        return fold and dataclasses.replace(fold, readers=tuple(p for p in fold.readers if p != "mlp.down"))
+        return fold and dataclasses.replace(fold, readers=tuple(p for p in fold.readers if not p.startswith("mlp.down")))
     known = isinstance(_at(block, "mlp.gate_up"), (GateUp, FusedGateUp))
     return _after_norm(block, "mlp_norm", "gate_up", "mlp.gate_up") if known else None
 

@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from jaxinfer.cache.dense import Dense
 from jaxinfer.errors import InputError
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.transformer import Transformer
+from jaxinfer.models.transformer import Attention, Transformer
 from jaxinfer.ops.hadamard import hadamard
 from jaxinfer.passes.base import About, Calibrated, is_abstract
 from jaxinfer.passes.quantization.cayley import cayley_step
@@ -25,7 +26,7 @@ from jaxinfer.passes.quantization.rotation import DOWN, rotate_inputs, rotate_re
 from jaxinfer.passes.quantization.rotation_nodes import Orthogonal
 from jaxinfer.passes.quantization.straight_through import cross_entropy, fake_quantize
 from jaxinfer.program import Program
-from jaxinfer.tree import replace
+from jaxinfer.tree import replace, rewrite
 
 Rotations = dict[str, Float[Array, "..."]]  # "residual" [D, D], "values" [L, H, H]; what is not rotated is absent
 
@@ -63,7 +64,9 @@ class SpinQuant(Calibrated):
         check_float(program.model.embed.table)
         rotations = self._start(program.config)
         if rotations and not is_abstract(program.model):
-            rotations = self._learn(program.model, rotations)
+            # A cache that rounds keys is read in a loop, which has no derivative; the rotations don't reach it.
+            plain = rewrite(program.model, Attention, ".*", lambda node: replace(node, cache=Dense()))
+            rotations = self._learn(plain, rotations)
         return program.replace(model=self._rotate(program.model, rotations))
 
     def _start(self, config: ModelConfig) -> Rotations:

@@ -11,7 +11,7 @@ from jaxinfer.passes.quantization.rounding import fit_group, round_to_nearest
 from jaxinfer.passes.quantization.weights import WeightOnly, quantize_embedding, quantize_nodes
 from jaxinfer.program import Program
 
-_round = jax.jit(round_to_nearest, static_argnums=(1, 2, 3, 4))
+_round = jax.jit(round_to_nearest, static_argnums=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,10 @@ class W8A8(WeightOnly):
         takes="kernels",
     )
     group: int | None = 128  # inputs of a token that share a scale, or the largest divisor below it; none: all of them
-    clip: bool = False  # search the range that rounds a weight with the least squared error
 
     def round(self, kernel, inputs, path):
         """Return the leaf of one kernel."""
-        return _round(kernel, inputs, "int8", None, self.clip)
+        return _round(kernel, inputs, "int8")
 
     def transform(self, program: Program) -> Program:
         """Round every kernel and put integer products in the place of the linear maps."""
