@@ -90,7 +90,8 @@ def _qkv(block: Any) -> Fold | None:
 def _gate_up(block: Any) -> Fold | None:
     if isinstance(block.mlp, MoE):
         fold = _after_norm(block, "mlp_norm", "gate_up", "mlp")
-        return fold and dataclasses.replace(fold, readers=tuple(p for p in fold.readers if not p.startswith("mlp.down")))
+        readers = tuple(p for p in fold.readers if not p.startswith("mlp.down")) if fold else ()
+        return fold and dataclasses.replace(fold, readers=readers)
     known = isinstance(_at(block, "mlp.gate_up"), (GateUp, FusedGateUp))
     return _after_norm(block, "mlp_norm", "gate_up", "mlp.gate_up") if known else None
 
