@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
+import jax
 import pytest
 from data import data_dir
 from models import load_directory, random_program, tiny_config, tiny_moe
@@ -17,6 +18,15 @@ from jaxinfer.program import Program
 
 hypothesis.settings.register_profile("jaxinfer", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("jaxinfer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_do_not_pile_up():
+    """Drop what was compiled before a worker runs out of memory mappings: Linux allows 65,530, then LLVM crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 10_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

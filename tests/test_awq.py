@@ -135,7 +135,7 @@ def test_without_its_searches_it_is_int4(uneven):
 
 
 def test_what_is_left_alone_is_not_scaled(uneven):
-    some = AWQ(group=8, where=r"attention\.qkv.*", embedding=False, calibration=random_text(uneven))(uneven)
+    some = AWQ(group=8, where=r".*attention\.qkv.*", embedding=False, calibration=random_text(uneven))(uneven)
     before = leaves(uneven.model)
     changed = {p for p, leaf in leaves(some.model).items() if p not in before or not np.array_equal(leaf, before[p])}
     assert changed and all(".attention" in p for p in changed) and not any(".attention.o" in p for p in changed)

@@ -174,7 +174,7 @@ def test_each_node_is_rounded_by_its_own_moments(program, calibration):
     nodes = select(done.model, (Linear, Experts))
     quantized = {path for path, node in nodes.items() if not isinstance(node.kernel, jax.Array)}
     assert quantized == {path for path in nodes if not path.endswith("router")}
-    some = GPTQ(group=8, calibration=calibration, where=r"attention\..*", skip=r".*\.o", embedding=False)(program)
+    some = GPTQ(group=8, calibration=calibration, where=r".*attention\..*", skip=r".*\.o", embedding=False)(program)
     changed = {path for path, n in select(some.model, (Linear, Experts)).items() if not isinstance(n.kernel, jax.Array)}
     assert changed == {path for path in quantized if ".qkv" in path}
 
