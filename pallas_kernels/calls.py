@@ -1,0 +1,129 @@
+"""The one way a TPU kernel is called: its scalars, its VMEM checked before the compiler sees it, its interpreter."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips, compat
+
+Interpret = Any  # False: compile; True: plain interpreter; compat.interpret_params(...): with DMAs and semaphores
+
+
+def call(
+    body: Callable[..., None],
+    *,
+    name: str,
+    out_shape: Any,
+    grid: tuple[int, ...],
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Any,
+    scratch: Sequence[Any],
+    scalars: Sequence[Any],
+    semantics: tuple[str, ...],
+    aliases: Mapping[int, int] | None = None,
+    interpret: Interpret = False,
+) -> Callable[..., Any]:
+    """Return a function of the arrays that runs `body(*scalars, *inputs, *outputs, *scratch)` on every grid point.
+
+    Scalars are int32 arrays that `body` reads from SMEM. No block index may depend on them: what depends on a scalar
+    is copied by the body. Scalars that are numpy arrays are written into the kernel itself: the same kernel, whose every
+    loop bound a static profile then knows. `aliases` maps inputs to outputs, by position among the arrays.
+
+    Raises:
+        ValueError: the buffers need more VMEM than the chip gives a kernel.
+    """
+    chip = chips.current()
+    check_vmem(name, in_specs, out_specs, out_shape, scratch, chip)
+    known = all(isinstance(s, np.ndarray) for s in scalars)
+    aliases = dict(aliases or {})
+    count = len(scalars)
+    params = compat.compiler_params(semantics, chip.vmem_limit)
+    options = dict(out_shape=out_shape, compiler_params=params, name=name, interpret=interpret)
+    if known:
+        values = [np.asarray(s, np.int32) for s in scalars]
+
+        def constant(*refs):
+            for ref, value in zip(refs[len(refs) - count :], values, strict=True):
+                for index in np.ndindex(*value.shape):
+                    ref[index] = jnp.int32(int(value[index]))
+            body(*refs[len(refs) - count :], *refs[: len(refs) - count])
+
+        return pl.pallas_call(
+            constant if count else body,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[*scratch, *(compat.SMEM(v.shape, jnp.int32) for v in values)],
+            input_output_aliases=aliases,
+            **options,
+        )
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=count,
+        grid=grid,
+        in_specs=_without_scalars(in_specs, len(grid)),
+        out_specs=_without_scalars(out_specs, len(grid)),
+        scratch_shapes=list(scratch),
+    )
+    aliases = {i + count: o for i, o in aliases.items()}
+    run = pl.pallas_call(body, grid_spec=spec, input_output_aliases=aliases, **options)
+    prefetched = [jnp.asarray(s, jnp.int32) for s in scalars]
+    return lambda *arrays: run(*prefetched, *arrays)
+
+
+def _without_scalars(specs: Any, axes: int) -> Any:
+    """Return block specs whose index maps are given the grid point alone, as they were written."""
+
+    def rewrite(spec: pl.BlockSpec) -> pl.BlockSpec:
+        if spec.index_map is None:
+            return spec
+        return dataclasses.replace(spec, index_map=lambda *at: spec.index_map(*at[:axes]))
+
+    return jax.tree.map(rewrite, specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec))
+
+
+def scalar_math(fn: Callable[..., Any], *args: Any) -> Any:
+    """Return `fn(*args)`; numpy arrays where all `args` are, also under a trace: what is known stays known."""
+    if all(isinstance(a, (np.ndarray, int)) for a in args):
+        with jax.ensure_compile_time_eval():
+            return jax.tree.map(np.asarray, fn(*args))
+    return fn(*args)
+
+
+def check_vmem(
+    name: str, in_specs: Sequence[Any], out_specs: Any, out_shape: Any, scratch: Sequence[Any], chip: chips.Chip
+) -> None:
+    """Raise if the blocks, twice each for the pipeline, and the scratch need more VMEM than a kernel is given."""
+    need = 0
+    for spec, dtype in [
+        *((s, jnp.bfloat16) for s in in_specs),  # an input's dtype is not known here: two bytes, the usual one
+        *zip(jax.tree.leaves(out_specs), (s.dtype for s in jax.tree.leaves(out_shape)), strict=True),
+    ]:
+        if spec.block_shape is not None and spec.memory_space != compat.SMEM:
+            need += 2 * tiled_bytes([d for d in spec.block_shape if d is not None], dtype)
+    for buffer in scratch:
+        if getattr(buffer, "memory_space", None) == compat.VMEM:
+            need += tiled_bytes(buffer.shape, buffer.dtype)
+    if need > chip.vmem_limit:
+        raise ValueError(
+            f"{name}: its blocks need {need / 2**20:.1f} MiB of VMEM, and {chip.name} gives a kernel "
+            f"{chip.vmem_limit / 2**20:.0f} MiB; take smaller blocks"
+        )
+
+
+def tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Return the bytes that an array takes in VMEM: the last two axes are padded to tiles of 8 x 128 words."""
+    size = jnp.dtype(dtype).itemsize
+    *rest, rows, lanes = (1, 1, *shape)
+    return math.prod(rest) * round_up(rows, 32 // size) * round_up(lanes, 128) * size
+
+
+def round_up(n: int, to: int) -> int:
+    """Return the smallest multiple of `to` that is at least `n`."""
+    return -(-n // to) * to

@@ -1,0 +1,58 @@
+"""A case: one call of a kernel, small enough to test or large enough to time; and a kernel as the scripts see it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The arguments of one call, as shapes to draw from; the kernel's scalars (lengths, tables) as numpy int32 arrays.
+
+    `flops` and `bytes` are what the result needs at least: products (multiply and add are two) and HBM traffic.
+    `spoil` puts NaN wherever the kernel must not look.
+    """
+
+    name: str
+    shapes: Mapping[str, Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flops: float = 0.0
+    bytes: float = 0.0
+    int8: bool = False  # the products are of integers, of which some chips make twice as many
+    blocks: Mapping[str, int] | None = None  # of a test; what is timed takes the tuned ones
+    spoil: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def inputs(self, seed: int = 0) -> dict[str, Any]:
+        """Return arrays: normal numbers, whole-range integers, and small positive numbers for what is named a scale."""
+        rng = np.random.default_rng(seed)
+        return {name: shape if isinstance(shape, np.ndarray) else _draw(rng, name, shape)
+                for name, shape in self.shapes.items()}  # fmt: skip
+
+
+def _draw(rng: np.random.Generator, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(shape.dtype, jnp.bool_):
+        return jnp.asarray(rng.integers(0, 2, shape.shape), bool)
+    if jnp.issubdtype(shape.dtype, jnp.integer):
+        bounds = jnp.iinfo(shape.dtype)
+        return jnp.asarray(rng.integers(max(bounds.min, -127), bounds.max, shape.shape, endpoint=True), shape.dtype)
+    if "scale" in name:
+        return jnp.asarray(rng.uniform(0.004, 0.02, shape.shape), shape.dtype)
+    return jnp.asarray(rng.standard_normal(shape.shape), shape.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel and what belongs to it."""
+
+    name: str
+    tpu: Callable[..., Any]  # (**inputs, **options, blocks=None, interpret=False)
+    reference: Callable[..., Any]  # (**inputs, **options), in float32
+    tests: Sequence[Case]  # small: checked by the interpreters and compiled for every chip
+    timed: Sequence[Case]  # of real sizes: profiled and timed
+    candidates: Callable[[Case, str], Sequence[dict[str, int]]]  # blocks worth trying for a case on a chip
+    shape_class: Callable[..., dict[str, int | str]]  # (**inputs, **options): the key of the tuned table
+    peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)  # others' kernels, same arguments

@@ -1,0 +1,81 @@
+"""What a kernel has to know of a TPU: how fast it computes and reads, and how much VMEM it has."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device of a TPU generation. Peak rates are the vendor's; the clock follows from them (see KINDS)."""
+
+    name: str
+    clock: float  # Hz
+    flops_per_cycle: int  # bfloat16, multiply and add counted as two
+    int8_ratio: float  # int8 products per bfloat16 product; 1 where the MXU has none of its own
+    bandwidth: float  # bytes of HBM a second
+    vmem: int  # bytes of VMEM in a core
+    cores: int  # cores that share a device: a "parallel" grid axis is split over them
+    topology: str  # a small one to compile for
+
+    @property
+    def vmem_limit(self) -> int:
+        """Bytes of VMEM that a kernel asks for at most; the compiler needs some itself."""
+        return self.vmem * 3 // 4
+
+
+CHIPS = {
+    "v5e": Chip("v5e", 1.50e9, 131_072, 2.0, 819e9, 128 << 20, 1, "v5e:2x2"),
+    "v5p": Chip("v5p", 1.75e9, 262_144, 2.0, 2765e9, 64 << 20, 2, "v5p:2x2x1"),
+    "v6e": Chip("v6e", 1.75e9, 524_288, 2.0, 1640e9, 128 << 20, 1, "v6e:2x2"),
+    "tpu7x": Chip("tpu7x", 2.20e9, 524_288, 1.0, 3690e9, 64 << 20, 1, "tpu7x:2x2x1"),
+}
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
+_KINDS |= {"TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x", "TPU v7": "tpu7x"}
+
+
+def of_kind(device_kind: str) -> Chip:
+    """Return the chip that JAX calls `device_kind`.
+
+    Raises:
+        NotImplementedError: the kernels do not know it.
+    """
+    if device_kind not in _KINDS:
+        raise NotImplementedError(f"device kind {device_kind!r}: the TPU kernels know {', '.join(sorted(_KINDS))}")
+    return CHIPS[_KINDS[device_kind]]
+
+
+def current() -> Chip:
+    """Return the chip that is being traced for: the mesh's, or else the default device's, or else a v5e.
+
+    A program that is compiled ahead of time names its chip by `jax.sharding.use_abstract_mesh` or by `assume`.
+    """
+    if _assumed:
+        return _assumed[-1]
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None and device.device_kind in _KINDS:
+        return of_kind(device.device_kind)
+    if jax.default_backend() == "tpu":
+        return of_kind(jax.devices()[0].device_kind)
+    return CHIPS["v5e"]
+
+
+_assumed: list[Chip] = []
+
+
+class assume:  # noqa: N801  (read as a statement: `with assume("v6e"):`)
+    """Trace for a chip by name, whatever the devices are: `with assume("v6e"): jax.jit(f).lower(...)`."""
+
+    def __init__(self, name: str):
+        if name not in CHIPS:
+            raise ValueError(f"chip={name!r}: must be one of {', '.join(CHIPS)}")
+        self._chip = CHIPS[name]
+
+    def __enter__(self) -> Chip:
+        _assumed.append(self._chip)
+        return self._chip
+
+    def __exit__(self, *exc) -> None:
+        _assumed.pop()
+
+

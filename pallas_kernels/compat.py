@@ -1,0 +1,49 @@
+"""Every difference between the versions of jax that the kernels run on (0.10.2, 0.11, 0.12): here and nowhere else."""
+
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+ANY = pl.ANY  # left where it is: HBM, unless it fits elsewhere
+VMEM = pltpu.VMEM
+SMEM = pltpu.SMEM
+
+
+def dma_semaphores(*shape: int) -> Any:
+    """Return the scratch shape of an array of DMA semaphores."""
+    return pltpu.SemaphoreType.DMA(shape)
+
+
+def compiler_params(semantics: tuple[str, ...], vmem_limit: int) -> Any:
+    """Return the parameters of a Mosaic TPU call: what each grid axis may do, and the VMEM that it may use in bytes."""
+    return pltpu.CompilerParams(dimension_semantics=semantics or None, vmem_limit_bytes=vmem_limit)
+
+
+def interpret_params(detect_races: bool, dma: str) -> Any:
+    """Return how to interpret a TPU kernel with its DMAs and semaphores; memory that nothing wrote is NaN."""
+    return pltpu.InterpretParams(detect_races=detect_races, dma_execution_mode=dma, uninitialized_memory="nan")
+
+
+def found_races() -> bool:
+    """Return whether the last kernel that was interpreted with `detect_races` had a race."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return bool(interpret_pallas_call.races.races_found)
+
+
+def reset_interpreter() -> None:
+    """Forget what the interpreter holds; needed after a kernel that raised."""
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def topology_device(name: str) -> jax.Device:
+    """Return a device of a TPU topology that libtpu can compile for, such as `v5e:2x2`; no TPU is needed."""
+    return topology_devices(name)[0]
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """Return the devices of a TPU topology that libtpu can compile for."""
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices

@@ -1,0 +1,144 @@
+"""What decode attention is tested and timed on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.case import Case, Kernel
+from pallas_kernels.decode_attention import reference, tpu
+from pallas_kernels.decode_attention.tpu import shape_class
+
+
+def case(
+    name: str,
+    B: int,
+    T: int,
+    K: int,
+    G: int,
+    S: int,
+    H: int,
+    length: list[int],
+    *,
+    dtype: Any = jnp.bfloat16,
+    cache: Any = None,
+    start: list[int] | None = None,
+    position: list[int] | None = None,
+    tree: np.ndarray | None = None,
+    blocks: dict[str, int] | None = None,
+    **options: Any,
+) -> Case:
+    """Return a case; `cache` is the dtype of a quantized cache, whose scales come with it."""
+    struct = jax.ShapeDtypeStruct
+    stored = cache or dtype
+    shapes: dict[str, Any] = {
+        "q": struct((B, T, K * G, H), dtype),
+        "k": struct((B, K, S, H), stored),
+        "v": struct((B, K, S, H), stored),
+        "length": np.array(length, np.int32),
+    }
+    if cache is not None:
+        shapes |= {name: struct((B, K, S), jnp.float32) for name in ("k_scale", "v_scale")}
+    for key, value in (("start", start), ("position", position)):
+        if value is not None:
+            shapes[key] = np.array(value, np.int32)
+    if tree is not None:
+        options["tree"] = tree
+    live = sum(min(n, S) - min(s, n) for n, s in zip(length, start or [0] * B, strict=True))
+    size = jnp.dtype(stored).itemsize
+    return Case(
+        name,
+        shapes,
+        {"scale": H**-0.5, **options},
+        flops=4.0 * live * T * K * G * H,
+        bytes=2.0 * live * K * (H * size + (4 if cache is not None else 0)),
+        blocks={"slots": 128 if cache is not None else 32 if S % 32 == 0 else 64, "heads": 2, "buffers": 3, "splits": 1}
+        | (blocks or {}),
+        spoil=_spoil,
+    )
+
+
+def _spoil(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Fill the slots that are not live with NaN, or where there is none the largest code and a NaN scale."""
+    S = inputs["k"].shape[2]
+    start = inputs.get("start", np.zeros(len(inputs["length"]), np.int32))
+    dead = (np.arange(S) < start[:, None]) | (np.arange(S) >= inputs["length"][:, None])
+    changed = dict(inputs)
+    for name in ("k", "v"):
+        worst = jnp.nan if jnp.issubdtype(inputs[name].dtype, jnp.floating) else 127
+        changed[name] = jnp.where(dead[:, None, :, None], jnp.asarray(worst, inputs[name].dtype), inputs[name])
+        if f"{name}_scale" in inputs:
+            changed[f"{name}_scale"] = jnp.where(dead[:, None], jnp.nan, inputs[f"{name}_scale"])
+    return changed
+
+
+def chain(T: int) -> np.ndarray:
+    """Return the tree that is a chain."""
+    return np.tril(np.ones((T, T), bool))
+
+
+def tree_of(parents: list[int]) -> np.ndarray:
+    """Return which nodes each node sees, itself and its ancestors, of a tree of parent pointers (-1: a root)."""
+    seen = np.eye(len(parents), dtype=bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] |= seen[parent]
+    return seen
+
+
+BRANCHING = tree_of([-1, 0, 0, 1, 1, 2, 3, 6])
+F32 = jnp.float32
+
+TESTS = [
+    case("odd_63", 3, 1, 1, 1, 63, 64, [0, 1, 63], dtype=F32, return_lse=True),
+    case("odd_60_t3", 3, 3, 2, 2, 60, 80, [3, 40, 60], dtype=F32, return_lse=True),
+    case("gqa_4_h96", 2, 2, 2, 4, 96, 96, [96, 17], dtype=F32),
+    case("gqa_8_h128", 2, 1, 1, 8, 256, 128, [256, 129], dtype=F32, softcap=5.0),
+    case("h256", 2, 1, 2, 1, 64, 256, [5, 64], dtype=F32),
+    case("starts", 3, 2, 2, 2, 128, 64, [128, 70, 40], start=[100, 64, 40], dtype=F32, return_lse=True),
+    case("window_over_length", 2, 2, 2, 2, 64, 64, [20, 64], window=100, dtype=F32),
+    case("window_sinks", 2, 4, 2, 2, 256, 64, [250, 256], window=32, sinks=4, dtype=F32, return_lse=True),
+    case("window", 2, 4, 2, 2, 256, 64, [250, 100], window=32, dtype=F32),
+    case("positions", 3, 4, 2, 2, 64, 64, [33, 2, 0], position=[32, 0, -1], dtype=F32),
+    case("tree", 2, 8, 2, 2, 128, 64, [128, 60], tree=BRANCHING, dtype=F32),
+    case("tree_window", 2, 8, 2, 2, 128, 64, [128, 60], tree=BRANCHING, window=20, dtype=F32),
+    case("trees", 2, 4, 1, 2, 64, 64, [64, 30], tree=np.stack([tree_of([-1, -1, 0, 1]), chain(4)]), dtype=F32),
+    case("splits", 3, 2, 2, 2, 256, 64, [250, 31, 0], dtype=F32, return_lse=True, blocks={"splits": 2}),
+    case("head_by_head", 2, 1, 4, 2, 128, 64, [100, 128], dtype=F32, blocks={"heads": 1, "buffers": 2}),
+    case("bf16", 2, 1, 2, 8, 512, 128, [512, 130]),
+    case("int8", 2, 2, 2, 4, 512, 128, [512, 130], cache=jnp.int8),
+    case("fp8", 2, 2, 2, 4, 512, 128, [512, 130], cache=jnp.float8_e4m3fn),
+]
+
+
+def _real(name: str, B: int, S: int, T: int = 1, **options: Any) -> Case:
+    return case(name, B, T, 8, 8, S, 128, [S] * B, **options)
+
+
+TIMED = [
+    _real("b4_s4096", 4, 4096),
+    _real("b16_s4096", 16, 4096),
+    _real("b64_s4096", 64, 4096),
+    _real("b4_s32768", 4, 32768),
+    _real("b8_s4096_int8", 8, 4096, cache=jnp.int8),
+    _real("b8_s4096", 8, 4096),
+    _real("b8_s4096_fp8", 8, 4096, cache=jnp.float8_e4m3fn),
+    _real("b8_s4096_t8", 8, 4096, T=8),
+    _real("b8_s4096_tree8", 8, 4096, T=8, tree=BRANCHING),
+    case("ragged", 16, 1, 8, 8, 8192, 128, [8192, 100, 4000, 17, 6000, 512, 2048, 8000] * 2),
+    _real("window_1024", 16, 8192, window=1024, sinks=4),
+]
+
+
+def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+    """Return blocks to try: a copy of 256 KiB to 2 MiB, in two to four buffers."""
+    del chip
+    found = []
+    for slots in (128, 256, 512, 1024, 2048):
+        for buffers in (2, 3, 4):
+            found.append({"slots": slots, "heads": 8, "buffers": buffers, "splits": 1})
+    return found
+
+
+KERNEL = Kernel("decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class)

@@ -1,0 +1,18 @@
+"""The kernels, by name: what the tests and the scripts go through."""
+
+import importlib
+
+from pallas_kernels.case import Kernel
+
+KERNELS = ("decode_attention",)
+
+
+def kernel(name: str) -> Kernel:
+    """Return a kernel by its name; its cases are made when it is asked for.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"kernel={name!r}: must be one of {', '.join(KERNELS)}")
+    return importlib.import_module(f"pallas_kernels.{name}.cases").KERNEL

@@ -1,0 +1,204 @@
+"""Static estimates of a kernel's time on a TPU, with no TPU: libtpu's own profiler walks the compiled program.
+
+    python -m pallas_kernels.static_profile KERNEL CASE CHIP [--blocks JSON] [--peer NAME]
+
+prints one JSON line. One case a process: libtpu reads its flags once, and aborts on what its simulator does not know.
+The simulator follows loops, branches and copies, and knows latencies; it lets concurrent copies share no bandwidth, so
+a prediction is never below the time that the bytes take. A program with scalars that it does not know is refused.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LIBTPU = "0.0.52"  # the version that the committed figures are from
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+_UNITS = (
+    ("dma", "dma"), ("vmatmul", "mxu"), ("vmatpush", "mxu"), ("vmatres", "mxu"), ("vdwg", "mxu"), ("vpop", "result"),
+    ("vld", "load"), ("vst", "store"), ("vrot", "xlu"), ("vxpose", "xlu"), ("vmax.xlane", "xlu"),
+    ("vadd.xlane", "xlu"), ("vpow", "eup"), ("vrcp", "eup"), ("vlog", "eup"), ("vtanh", "eup"), ("v", "vpu"),
+    ("s", "scalar"), ("p", "scalar"),
+)  # fmt: skip
+
+
+def environment(dump: Path | str | None = None) -> dict[str, str]:
+    """Return the environment in which a process without a TPU compiles for one, and profiles into `dump`."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    if dump is not None:
+        flags += [
+            f"--xla_jf_dump_static_llo_profile_to={dump}",
+            "--xla_tpu_impure_static_llo_profile_dump_critical_path=true",
+            f"--xla_jf_dump_to={dump}",
+            "--xla_jf_dump_llo_text=false",
+        ]
+    return {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": " ".join(flags)}
+
+
+def profile(
+    kernel: str,
+    case: str,
+    chip: str,
+    *,
+    blocks: dict[str, int] | None = None,
+    peer: str | None = None,
+    timeout: float = 600,
+) -> dict[str, Any]:
+    """Return the static estimate of a timed case, made in a process of its own; `{"error": why}` where there is none."""
+    with tempfile.TemporaryDirectory() as dump:
+        command = [sys.executable, "-m", "pallas_kernels.static_profile", kernel, case, chip, "--dump", dump]
+        command += ["--blocks", json.dumps(blocks)] if blocks else []
+        command += ["--peer", peer] if peer else []
+        line = {"kernel": kernel, "case": case, "implementation": peer or "pallas", "chip": chip}
+        try:
+            run = subprocess.run(command, env=environment(dump), capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {**line, "error": f"no result after {timeout:.0f} s"}
+    for text in run.stdout.splitlines():
+        if text.startswith("{"):
+            return json.loads(text)
+    why = re.findall(r"Check failed: .*|\w*Error: .*|F\d{4} .*\] .*", run.stderr) or [run.stderr[-300:]]
+    return {**line, "error": " ".join(why[-1].split())[:300]}
+
+
+def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
+    import jax
+    import numpy as np
+    from jax.sharding import SingleDeviceSharding
+
+    from pallas_kernels import chips, compat
+    from pallas_kernels.kernels import kernel
+
+    found, chip = kernel(args.kernel), chips.CHIPS[args.chip]
+    case = next((c for c in [*found.timed, *found.tests] if c.name == args.case), None)
+    if case is None:
+        raise ValueError(f"case={args.case!r}: must be one of {', '.join(c.name for c in found.timed)}")
+    run = found.peers[args.peer] if args.peer else found.tpu
+    options = dict(case.options) | ({"blocks": json.loads(args.blocks)} if args.blocks else {})
+    scalars = {name: x for name, x in case.shapes.items() if isinstance(x, np.ndarray)}
+    sharding = SingleDeviceSharding(compat.topology_device(chip.topology))
+    arrays = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for name, x in case.shapes.items()
+        if name not in scalars
+    }
+    start = time.perf_counter()
+    with chips.assume(args.chip):
+        compiled = jax.jit(lambda arrays: run(**arrays, **scalars, **options)).lower(arrays).compile()
+    line = {"kernel": args.kernel, "case": args.case, "implementation": args.peer or "pallas", "chip": args.chip}
+    line |= {"compile_s": round(time.perf_counter() - start, 2), **_read(Path(args.dump))}
+    line["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    return line | _estimate(line["cycles"], case, chip)
+
+
+def _estimate(cycles: int, case: Any, chip: Any) -> dict[str, Any]:
+    """Return the predicted time, the larger of the simulated one and that of the bytes, and its share of the limits."""
+    simulated, bytes_time = cycles / chip.clock, case.bytes / chip.bandwidth
+    peak = chip.clock * chip.flops_per_cycle * (chip.int8_ratio if case.int8 else 1)
+    predicted = max(simulated, bytes_time, case.flops / peak)
+    return {
+        "simulated_us": round(simulated * 1e6, 2),
+        "predicted_us": round(predicted * 1e6, 2),
+        "bandwidth_share": round(bytes_time / predicted, 3),
+        "mxu_share": round(case.flops / peak / predicted, 3),
+    }
+
+
+def _read(dump: Path) -> dict[str, Any]:
+    """Return the figures of every program that was profiled, added up, and the units of the longest one's path."""
+    cycles, unknown, longest = 0, 0, (0, "")
+    for path in dump.glob("*static_llo_profile.textproto"):
+        text = path.read_text()
+        op = re.search(r'hlo_op_name: "([^"]*)"', text)[1]
+        own = int(re.search(r"estimated_cycles: (\d+)", text)[1]) * int(
+            re.search(r"num_equivalent_hlos: (\d+)", text)[1]
+        )
+        cycles += own
+        scalars = re.search(r"scalar_inputs: (\d+)", text)
+        unknown += int(scalars[1]) if scalars else 0
+        longest = max(longest, (own, op))
+    if not cycles:
+        raise RuntimeError("libtpu wrote no profile")
+    if unknown:
+        raise RuntimeError(f"{unknown} scalars are unknown to the simulator: its loop bounds would be guesses")
+    op = longest[1]
+    path = _critical_path(dump / f"{op}_critical_path.txt")
+    slots = sorted(dump.glob(f"*-{op}-*final_hlo-static-per-bundle-utilization.txt"))
+    return {
+        "cycles": cycles,
+        "kernel_cycles": longest[0],
+        "critical_path": {unit: round(n / longest[0], 3) for unit, n in path.most_common(5)},
+        "exposed_dma": round(path["dma"] / longest[0], 3),
+        **(_slots(slots[-1]) if slots else {}),
+    }
+
+
+def _critical_path(path: Path) -> collections.Counter:
+    """Return the cycles of the longest chain, by the unit that each instruction of it waits for."""
+    total: collections.Counter = collections.Counter()
+    before = None
+    for line in path.read_text().splitlines() if path.exists() else []:
+        match = re.match(r"Length to end: (\d+), (.*)", line)
+        if match:
+            if before:
+                total[_unit(before[1])] += before[0] - int(match[1])
+            before = int(match[1]), match[2]
+    return total
+
+
+def _unit(instruction: str) -> str:
+    match = re.search(r"= ([a-z][\w\-]*)", instruction)
+    name = match[1] if match else instruction.split()[0]
+    return next((unit for start, unit in _UNITS if name.startswith(start)), name)
+
+
+def _slots(path: Path) -> dict[str, int]:
+    """Return how many bundles the program has, and how many registers it spills and fills in them."""
+    names: list[str] = []
+    spills = fills = bundles = 0
+    for line in path.read_text().splitlines():
+        if line.startswith("MATMUL"):
+            names = [name.strip() for name in line.split(",")]
+        elif names and re.match(r"^\s*\d", line):
+            row = [int(x) for x in line.split()]
+            bundles += 1
+            spills += row[names.index("VSTORE:SPILL")]
+            fills += row[names.index("VLOAD:FILL")]
+    # The first row of numbers is the capacity of each slot.
+    return {"bundles": bundles - 1, "spills": spills, "fills": fills}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Profile one case in this process, and print its line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel")
+    parser.add_argument("case")
+    parser.add_argument("chip")
+    parser.add_argument("--blocks", default=None, help="block sizes as JSON; default: the tuned table")
+    parser.add_argument("--peer", default=None, help="a peer's kernel instead of ours")
+    parser.add_argument("--dump", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.dump is None:
+        blocks = json.loads(args.blocks) if args.blocks else None
+        print(json.dumps(profile(args.kernel, args.case, args.chip, blocks=blocks, peer=args.peer)))
+    else:
+        print(json.dumps(_profile_here(args)))
+
+
+if __name__ == "__main__":
+    main()

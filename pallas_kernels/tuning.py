@@ -1,0 +1,51 @@
+"""Block sizes, per chip and shape class, from the tables that `scripts/tune_kernels.py` writes; never one default."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "blocks"
+
+
+@functools.cache
+def table(kernel: str) -> list[dict[str, Any]]:
+    """Return the entries of a kernel: `{"chip", "class", "blocks", "cycles"}`, as they were tuned."""
+    path = FOLDER / f"{kernel}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def blocks(kernel: str, chip: str, shape: dict[str, int | str]) -> dict[str, int]:
+    """Return the blocks tuned for the nearest shape class of a chip.
+
+    Words of a class must be equal; numbers are compared by their ratio. A chip without entries takes a v5e's.
+
+    Raises:
+        NotImplementedError: no entry has the words of this class.
+    """
+    for name in dict.fromkeys((chip, "v5e", "v6e")):
+        near = [
+            (distance, i)
+            for i, entry in enumerate(table(kernel))
+            if entry["chip"] == name and (distance := _distance(entry["class"], shape)) is not None
+        ]
+        if near:
+            return dict(table(kernel)[min(near)[1]]["blocks"])
+    raise NotImplementedError(f"{kernel}: no blocks are tuned for {shape}; see scripts/tune_kernels.py")
+
+
+def _distance(entry: dict[str, Any], shape: dict[str, Any]) -> float | None:
+    total = 0.0
+    for key, value in shape.items():
+        other = entry.get(key)
+        if isinstance(value, str):
+            if other != value:
+                return None
+        elif other is not None:
+            total += abs(_log2(value) - _log2(other))
+    return total
+
+
+def _log2(n: int) -> float:
+    return math.log2(max(n, 1))
