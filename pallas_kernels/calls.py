@@ -90,7 +90,7 @@ def _without_scalars(specs: Any, axes: int) -> Any:
 
 def scalar_math(fn: Callable[..., Any], *args: Any) -> Any:
     """Return `fn(*args)`; numpy arrays where all `args` are, also under a trace: what is known stays known."""
-    if all(isinstance(a, (np.ndarray, int)) for a in args):
+    if all(a is None or isinstance(a, (np.ndarray, int)) for a in args):
         with jax.ensure_compile_time_eval():
             return jax.tree.map(np.asarray, fn(*args))
     return fn(*args)
@@ -127,3 +127,13 @@ def tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
 def round_up(n: int, to: int) -> int:
     """Return the smallest multiple of `to` that is at least `n`."""
     return -(-n // to) * to
+
+
+def div(a: Any, b: int) -> Any:
+    """Return `a // b` of numbers that are not negative, without the sign's cases."""
+    return jax.lax.div(a, jnp.full_like(a, b))
+
+
+def rem(a: Any, b: int) -> Any:
+    """Return `a % b` of numbers that are not negative, without the sign's cases."""
+    return jax.lax.rem(a, jnp.full_like(a, b))

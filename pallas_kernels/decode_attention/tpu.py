@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import calls, chips, compat, tuning
+from pallas_kernels.calls import div, rem
 from pallas_kernels.codes import widen
 from pallas_kernels.stream import Stream, state
 
@@ -67,12 +68,12 @@ def decode_attention(
     chunks = K // heads
 
     def at(_, r):
-        return r // chunks, r % chunks, 0, 0
+        return div(r, chunks), rem(r, chunks), 0, 0
 
     inputs, specs = [queries], [pl.BlockSpec((1, heads, rows, H), at)]
     if tree is not None:
         inputs.append(_tree_rows(jnp.asarray(tree), B, G, rows))
-        specs.append(pl.BlockSpec((1, rows, 128), lambda _, r: (r // chunks, 0, 0)))
+        specs.append(pl.BlockSpec((1, rows, 128), lambda _, r: (div(r, chunks), 0, 0)))
     inputs += [k, v, *((k_scale, v_scale) if quantized else ())]
     specs += [pl.BlockSpec(memory_space=compat.ANY)] * (4 if quantized else 2)
     partial_dtype = jnp.float32 if splits > 1 else q.dtype
@@ -88,9 +89,9 @@ def decode_attention(
         *buffers,
         compat.dma_semaphores(depth, len(buffers)),
         state(),
-        compat.VMEM((heads, rows, 128), jnp.float32),
-        compat.VMEM((heads, rows, 128), jnp.float32),
-        compat.VMEM((heads, rows, H), jnp.float32),
+        compat.VMEM((heads * rows, 128), jnp.float32),
+        compat.VMEM((heads * rows, 128), jnp.float32),
+        compat.VMEM((heads * rows, H), jnp.float32),
     ]
     body = functools.partial(
         _body, T=T, slots=slots, heads=heads, depth=depth, splits=splits, chunks=chunks, rows_total=B * chunks,
@@ -180,13 +181,13 @@ def _body(
 
     def range_of(r):
         """Return the first block of a row, its blocks, and whether block 0 comes before them for the sinks."""
-        b = r // chunks
+        b = div(r, chunks)
         low = start_ref[b]
         if window is not None:
             low = jnp.maximum(low, (length_ref[b] - T if tree else position_ref[b]) + 1 - window)
         end = length_ref[b] if tree else jnp.minimum(length_ref[b], position_ref[b] + T)
-        first = jnp.maximum(low, 0) // slots
-        count = jnp.maximum((end + slots - 1) // slots - first, 0)
+        first = div(jnp.maximum(low, 0), slots)
+        count = jnp.maximum(div(end + slots - 1, slots) - first, 0)
         apart = jnp.int32(0)
         if window is not None and sinks:
             apart = ((first > 0) & (count > 0) & (start_ref[b] < sinks)).astype(jnp.int32)
@@ -195,7 +196,7 @@ def _body(
     def items_before(r):
         """Return the index of this split's first item of a row, and how many it has."""
         _, count, apart = range_of(r)
-        each = (count + apart + splits - 1) // splits
+        each = div(count + apart + splits - 1, splits)
         begin = jnp.minimum(split * each, count + apart)
         return begin, jnp.minimum(each, count + apart - begin)
 
@@ -205,7 +206,7 @@ def _body(
         return jnp.where((apart == 1) & (index == 0), 0, first + index - apart)
 
     def copies(r, item, buffer):
-        b, head = r // chunks, (r % chunks) * heads
+        b, head = div(r, chunks), rem(r, chunks) * heads
         base = pl.multiple_of(block_of(r, item) * slots, slots)
         head = pl.multiple_of(head, heads)
         return [
@@ -224,44 +225,50 @@ def _body(
     peak_ref[...] = jnp.full_like(peak_ref, NOTHING)
     total_ref[...] = jnp.zeros_like(total_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
-    b = row // chunks
+    b = div(row, chunks)
     start, position, length = start_ref[b], position_ref[b], length_ref[b]
     R = q_ref.shape[2]
 
     def attend(buffer, base, masked):
-        seen = dead = None
+        # Every stage for all heads at once: one head's chain of latencies would leave the units idle.
+        each = range(heads)
+        keys = [widen(buffers[0][buffer, h], q_ref.dtype) for h in each]
+        scores = [_dot(q_ref[0, h], keys[h], ((1,), (1,))) for h in each]
+        if quantized:
+            scores = [scores[h] * buffers[2][buffer, h : h + 1].astype(jnp.float32) for h in each]
+        scores = jnp.concatenate(scores)
+        if softcap is None:
+            scores *= scale * LOG2E
+        else:
+            scores = (softcap * LOG2E) * jnp.tanh(scores * (scale / softcap))
+        seen = None
         if masked:
             slot = base + jax.lax.broadcasted_iota(jnp.int32, (R, slots), 1)
             seen = _seen(slot, tree_ref, start, position, length, T, window, sinks)
+            seen = jnp.concatenate([seen] * heads)
+            scores = jnp.where(seen, scores, NOTHING)
+        before = peak_ref[:, :1]
+        peak = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+        weights = jnp.exp2(scores - peak)
+        if masked:
+            weights = jnp.where(seen, weights, 0)
+        shrink = jnp.exp2(before - peak)
+        total_ref[...] = total_ref[...] * shrink + weights.sum(axis=1, keepdims=True)
+        peak_ref[...] = jnp.broadcast_to(peak, peak_ref.shape)
+        values = [widen(buffers[1][buffer, h], q_ref.dtype) for h in each]
+        if masked:
             line = base + jax.lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
-            dead = (line < start) | (line >= length)
-        for h in range(heads):
-            keys, values = (buf[buffer, h] for buf in buffers[:2])
-            queries = q_ref[0, h]
-            scores = _dot(queries, widen(keys, queries.dtype), ((1,), (1,)))
-            if quantized:
-                scores *= buffers[2][buffer, h : h + 1].astype(jnp.float32)
-            if softcap is None:
-                scores *= scale * LOG2E
-            else:
-                scores = (softcap * LOG2E) * jnp.tanh(scores * (scale / softcap))
-            values = widen(values, queries.dtype)
+            alive = (line >= start) & (line < length)
+            values = [jnp.where(alive, x, jnp.zeros_like(x)) for x in values]
+        weights = [weights[h * R : (h + 1) * R] for h in each]
+        if quantized:
+            factors = [buffers[3][buffer, h : h + 1].astype(jnp.float32) for h in each]
             if masked:
-                scores = jnp.where(seen, scores, NOTHING)
-                values = jnp.where(dead, jnp.zeros_like(values), values)
-            before = peak_ref[h][:, :1]
-            peak = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-            weights = jnp.exp2(scores - peak)
-            if masked:
-                weights = jnp.where(seen, weights, 0)
-            shrink = jnp.exp2(before - peak)
-            total = total_ref[h][:, :1] * shrink + weights.sum(axis=1, keepdims=True)
-            if quantized:
-                factor = buffers[3][buffer, h : h + 1].astype(jnp.float32)
-                weights *= factor if not masked else jnp.where(_alive(base, slots, start, length), factor, 0)
-            acc_ref[h] = acc_ref[h] * shrink + _dot(weights.astype(values.dtype), values, ((1,), (0,)))
-            peak_ref[h] = jnp.broadcast_to(peak, (R, 128))
-            total_ref[h] = jnp.broadcast_to(total, (R, 128))
+                alive = _alive(base, slots, start, length)
+                factors = [jnp.where(alive, x, 0) for x in factors]
+            weights = [weights[h] * factors[h] for h in each]
+        found = [_dot(weights[h].astype(q_ref.dtype), values[h], ((1,), (0,))) for h in each]
+        acc_ref[...] = acc_ref[...] * shrink + jnp.concatenate(found)
 
     def step(item, _):
         buffer = stream.take(row, item)
@@ -282,18 +289,17 @@ def _body(
         return 0
 
     jax.lax.fori_loop(0, items_before(row)[1], step, 0)
-    for h in range(heads):
-        total = total_ref[h][:, :1]
-        safe = jnp.where(total == 0, 1.0, total)
-        out_ref[0, 0, h] = (acc_ref[h] / safe).astype(out_ref.dtype)
-        if with_lse:
-            lse = jnp.where(total == 0, -jnp.inf, peak_ref[h][:, :1] / LOG2E + jnp.log(safe))
-            lse_ref[0, 0, h] = jnp.broadcast_to(lse, (R, 128))
+    total = total_ref[:, :1]
+    safe = jnp.where(total == 0, 1.0, total)
+    out_ref[0, 0] = (acc_ref[...] / safe).reshape(heads, R, -1).astype(out_ref.dtype)
+    if with_lse:
+        lse = jnp.where(total == 0, -jnp.inf, peak_ref[:, :1] / LOG2E + jnp.log(safe))
+        lse_ref[0, 0] = jnp.broadcast_to(lse, peak_ref.shape).reshape(heads, R, 128)
 
 
 def _seen(slot, tree_ref, start, position, length, T, window, sinks):
     """Return which slots of a block each query row sees."""
-    query = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0) % T
+    query = rem(jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0), T)
     seen = slot >= start
     if tree_ref is None:
         at = position + query
