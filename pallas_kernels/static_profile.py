@@ -101,7 +101,8 @@ def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
     with chips.assume(args.chip):
         compiled = jax.jit(lambda arrays: run(**arrays, **scalars, **options)).lower(arrays).compile()
     line = {"kernel": args.kernel, "case": args.case, "implementation": args.peer or "pallas", "chip": args.chip}
-    line |= {"compile_s": round(time.perf_counter() - start, 2), **_read(Path(args.dump))}
+    calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", compiled.as_text()))
+    line |= {"compile_s": round(time.perf_counter() - start, 2), **_read(Path(args.dump), calls)}
     line["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
     return line | _estimate(line["cycles"], case, chip)
 
@@ -119,8 +120,11 @@ def _estimate(cycles: int, case: Any, chip: Any) -> dict[str, Any]:
     }
 
 
-def _read(dump: Path) -> dict[str, Any]:
-    """Return the figures of every program that was profiled, added up, and the units of the longest one's path."""
+def _read(dump: Path, calls: set[str]) -> dict[str, Any]:
+    """Return the figures of every program that was profiled, added up, and the units of the longest one's path.
+
+    `calls` are the kernels among them. What XLA makes of the rest has no loop whose length is a scalar.
+    """
     cycles, unknown, longest = 0, 0, (0, "")
     for path in dump.glob("*static_llo_profile.textproto"):
         text = path.read_text()
@@ -130,7 +134,7 @@ def _read(dump: Path) -> dict[str, Any]:
         )
         cycles += own
         scalars = re.search(r"scalar_inputs: (\d+)", text)
-        unknown += int(scalars[1]) if scalars else 0
+        unknown += int(scalars[1]) if scalars and op in calls else 0
         longest = max(longest, (own, op))
     if not cycles:
         raise RuntimeError("libtpu wrote no profile")

@@ -19,7 +19,8 @@ from pallas_kernels.codes import widen
 from pallas_kernels.stream import Stream, state
 
 LOG2E = math.log2(math.e)
-NOTHING = -1e30  # a score that has no weight, and makes no NaN
+NOTHING = -1e30  # the score of a slot that is not seen
+LEAST = -1e20  # where the peak begins: what is not seen has a weight of exactly 0, also before anything is seen
 
 
 def decode_attention(
@@ -222,7 +223,7 @@ def _body(
     def _():
         stream.begin()
 
-    peak_ref[...] = jnp.full_like(peak_ref, NOTHING)
+    peak_ref[...] = jnp.full_like(peak_ref, LEAST)
     total_ref[...] = jnp.zeros_like(total_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
     b = div(row, chunks)
@@ -241,7 +242,6 @@ def _body(
             scores *= scale * LOG2E
         else:
             scores = (softcap * LOG2E) * jnp.tanh(scores * (scale / softcap))
-        seen = None
         if masked:
             slot = base + jax.lax.broadcasted_iota(jnp.int32, (R, slots), 1)
             seen = _seen(slot, tree_ref, start, position, length, T, window, sinks)
@@ -250,8 +250,6 @@ def _body(
         before = peak_ref[:, :1]
         peak = jnp.maximum(before, scores.max(axis=1, keepdims=True))
         weights = jnp.exp2(scores - peak)
-        if masked:
-            weights = jnp.where(seen, weights, 0)
         shrink = jnp.exp2(before - peak)
         total_ref[...] = total_ref[...] * shrink + weights.sum(axis=1, keepdims=True)
         peak_ref[...] = jnp.broadcast_to(peak, peak_ref.shape)
@@ -259,7 +257,8 @@ def _body(
         if masked:
             line = base + jax.lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
             alive = (line >= start) & (line < length)
-            values = [jnp.where(alive, x, jnp.zeros_like(x)) for x in values]
+            # In float32: a select of packed halves is what libtpu's simulator on v5e cannot follow.
+            values = [jnp.where(alive, x.astype(jnp.float32), 0).astype(x.dtype) for x in values]
         weights = [weights[h * R : (h + 1) * R] for h in each]
         if quantized:
             factors = [buffers[3][buffer, h : h + 1].astype(jnp.float32) for h in each]
