@@ -4,7 +4,7 @@ import importlib
 
 from pallas_kernels.case import Kernel
 
-KERNELS = ("decode_attention",)
+KERNELS = ("decode_attention", "quantized_matmul")
 
 
 def kernel(name: str) -> Kernel:

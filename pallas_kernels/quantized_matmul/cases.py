@@ -1,0 +1,158 @@
+"""What the quantized product is tested and timed on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.case import Case, Kernel
+from pallas_kernels.quantized_matmul import reference, tpu
+from pallas_kernels.quantized_matmul.reference import FOUR_BIT, codes, dequantize
+from pallas_kernels.quantized_matmul.tpu import shape_class
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn}
+
+
+def case(
+    name: str,
+    M: int,
+    I: int,  # noqa: E741
+    O: int,  # noqa: E741
+    qtype: str,
+    group: int | None = None,
+    *,
+    dtype: Any = BF16,
+    scales: Any = F32,
+    offset: bool = False,
+    x: np.ndarray | None = None,
+    values: np.ndarray | None = None,
+    blocks: dict[str, int] | None = None,
+    **options: Any,
+) -> Case:
+    """Return a case; `group` is None for one scale an output, `scales` the dtype of scale and offset."""
+    struct = jax.ShapeDtypeStruct
+    G = I // (group or I)
+    held = I // 2 if qtype in FOUR_BIT else I
+    shapes: dict[str, Any] = {
+        "x": struct((M, I), dtype) if x is None else x,
+        "values": struct((O, held), STORED.get(qtype, jnp.uint8)) if values is None else values,
+        "scale": struct((G, O), scales),
+    }
+    if offset:  # as small as eight steps of a scale: a larger one would drown the codes
+        shapes["offset"] = np.random.default_rng(1).uniform(-0.1, 0.1, (G, O)).astype(scales)
+    size = jnp.dtype(dtype).itemsize
+    return Case(
+        name,
+        shapes,
+        {"qtype": qtype, **options},
+        flops=2.0 * M * I * O,
+        bytes=1.0 * O * held + (2 if offset else 1) * G * O * jnp.dtype(scales).itemsize + M * (I + O) * size,
+        int8=options.get("activations") == "int8",
+        blocks={"rows": 64, "outputs": 128, "copies": 2, "lanes": 128} | (blocks or {}),
+    )
+
+
+def _outlier(M: int, I: int) -> np.ndarray:  # noqa: E741
+    """Return numbers of one sign, with an input a thousand times as large as the rest."""
+    x = np.abs(np.random.default_rng(2).standard_normal((M, I))).astype(np.float32)
+    x[:, 5] *= 1000
+    return x
+
+
+def _fp8_bits(O: int, I: int) -> np.ndarray:  # noqa: E741
+    """Return the bits of every float8_e4m3fn number but NaN."""
+    bits = np.random.default_rng(3).integers(0, 255, (O, I))
+    return np.where(bits & 127 == 127, 0, bits).astype(np.uint8)
+
+
+A8 = {"activations": "int8"}
+TESTS = [
+    case("int8", 1, 96, 60, "int8", dtype=F32),
+    case("int8_odd", 7, 256, 63, "int8", scales=BF16),
+    case("int8_rows", 63, 320, 200, "int8", dtype=F32, blocks={"rows": 32}),
+    case("int8_groups_32", 3, 320, 200, "int8", 32, dtype=F32),
+    case("int8_groups_128", 3, 256, 200, "int8", 128, offset=True),
+    case("fp8", 3, 256, 200, "float8_e4m3fn", dtype=F32),
+    case("fp8_bits", 7, 256, 63, "float8_e4m3fn", values=_fp8_bits(63, 256)),
+    case("int4_groups_32", 3, 320, 200, "int4", 32, dtype=F32),
+    case("int4_groups_64", 7, 320, 63, "int4", 64, scales=BF16),
+    case("int4_groups_128", 1, 256, 200, "int4", 128, dtype=F32, scales=BF16),
+    case("int4_groups_128_bf16", 63, 512, 384, "int4", 128, blocks={"lanes": 256}),
+    case("int4", 3, 320, 60, "int4", dtype=F32),
+    case("int4_96", 7, 96, 200, "int4"),
+    case("int4_outlier", 3, 512, 200, "int4", 128, x=_outlier(3, 512), dtype=F32),
+    case("uint4_offset", 3, 256, 200, "uint4", 64, offset=True, dtype=F32),
+    case("uint4_offset_whole", 7, 320, 200, "uint4", offset=True, dtype=F32),
+    case("uint4_offset_bf16", 7, 256, 63, "uint4", 32, offset=True, scales=BF16),
+    case("w8a8", 1, 96, 60, "int8", dtype=F32, **A8),
+    case("w8a8_bf16", 63, 256, 200, "int8", **A8),
+    case("w8a8_groups_128", 7, 256, 200, "int8", 128, dtype=F32, **A8),
+    case("w4a8_groups_64", 3, 320, 63, "int4", 64, dtype=F32, **A8),
+    case("w4a8_offset", 3, 320, 63, "uint4", offset=True, dtype=F32, **A8),
+]
+
+
+def _real(M: int, O: int, qtype: str, group: int | None = None, **options: Any) -> Case:  # noqa: E741
+    form = ("w4" if qtype in FOUR_BIT else "fp8" if qtype == "float8_e4m3fn" else "w8") + (
+        "a8" if "activations" in options else "a16"
+    )
+    return case(f"{form}_m{M}_o{O}", M, 4096, O, qtype, group, **options)
+
+
+TIMED = [
+    *(
+        _real(M, O, qtype, group, **options)
+        for qtype, group, options in (("int8", None, {}), ("int4", 128, {"scales": BF16}), ("int8", None, A8))
+        for M, O in ((1, 4096), (8, 4096), (16, 4096), (32, 4096), (64, 4096), (256, 4096))
+        + ((1, 14336), (8, 14336), (16, 14336), (32, 14336))
+    ),
+    case("w4a16_f32scale_m8_o4096", 8, 4096, 4096, "int4", 128),
+    case("w4a16_g32_m8_o4096", 8, 4096, 4096, "int4", 32, scales=BF16),
+    case("w4a16_whole_m8_o4096", 8, 4096, 4096, "int4"),
+    case("w4a16_offset_m8_o4096", 8, 4096, 4096, "uint4", 128, scales=BF16, offset=True),
+    case("w8a16_down_m8", 8, 14336, 4096, "int8"),
+    case("w4a16_down_m8", 8, 14336, 4096, "int4", 128, scales=BF16),
+    _real(8, 4096, "float8_e4m3fn"),
+]
+
+
+def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+    """Return blocks to try: steps of 256 to 1024 outputs in one to four copies."""
+    del chip
+    lanes = (128, 256) if case.options["qtype"] in FOUR_BIT else (128,)
+    return [
+        {"rows": 64, "outputs": step // copies, "copies": copies, "lanes": width}
+        for step in (256, 512, 1024)
+        for copies in (1, 2, 4)
+        for width in lanes
+        if step // copies >= 128
+    ]
+
+
+def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):
+    """Return the product as XLA makes it of the plain formula in x's dtype."""
+    del blocks
+    if activations == "int8":
+        peak = jnp.abs(x.astype(F32)).max(axis=1, keepdims=True)
+        step = jnp.where(peak > 0, peak / 127.0, 1.0)
+        rounded = jnp.round(x.astype(F32) / step).astype(jnp.int8)
+        y = jnp.einsum("mi,oi->mo", rounded, values, preferred_element_type=jnp.int32)
+        return (y.astype(F32) * step * scale.astype(F32)).astype(x.dtype)
+    if scale.shape[0] == 1 and offset is None:
+        y = jnp.einsum("mi,oi->mo", x, codes(values, qtype).astype(x.dtype), preferred_element_type=F32)
+        return (y * scale.astype(F32)).astype(x.dtype)
+    weight = dequantize(values, scale, offset, qtype).astype(x.dtype)
+    return jnp.einsum("mi,oi->mo", x, weight, preferred_element_type=F32).astype(x.dtype)
+
+
+def _bf16(x, values, scale, **_):
+    """Return a product of the same shape with a bfloat16 weight, of two or four times the bytes; not the same numbers."""
+    weight = jax.lax.bitcast_convert_type(jnp.zeros((values.shape[0], x.shape[1]), jnp.uint16), BF16)
+    return jnp.einsum("mi,oi->mo", x.astype(BF16), weight, preferred_element_type=F32).astype(x.dtype)
+
+
+KERNEL = Kernel(
+    "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16}
+)  # fmt: skip

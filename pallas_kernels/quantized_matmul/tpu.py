@@ -1,0 +1,382 @@
+"""Quantized product on TPU: blocks of whole output rows stream through VMEM while x stays, in the form the MXU takes.
+
+The weight is pushed into the MXU as it lies. Four-bit codes become int8 by a mask on words of four bytes, low and high
+nibbles apart, and it is x that is brought into their order, once. Inputs of several groups meet in one push: x has then
+one row for each group, zero outside it, so that each group's sum comes out apart and is scaled in float32.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import calls, chips, compat, tuning
+from pallas_kernels.codes import widen
+from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
+
+RUN = 32  # inputs that share 16 bytes
+WIDE = 256  # inputs that are brought into the order of the nibbles at once
+INT32_INPUTS = 1024  # of a group, up to which sums of two parts of x fit an int32 together: 127.5 * 128 * 128 each
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a product is cut: `chunks` of `lanes` bytes of each output, with `groups` groups of inputs in each."""
+
+    qtype: str
+    integer: bool  # the MXU multiplies int8; else bfloat16
+    rounded: bool  # x is taken as integers of a step
+    parts: int  # int8 or bfloat16 numbers that make a number of x
+    planes: int  # codes in a byte
+    lanes: int
+    bytes: int  # of an output
+    chunks: int
+    groups: int
+    scales: int  # G
+    rows: int
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a chunk."""
+        return self.planes * self.lanes
+
+    @property
+    def group(self) -> int:
+        """Inputs of a group, within a chunk."""
+        return self.inputs // self.groups
+
+    @property
+    def dtype(self):
+        """What the MXU is given."""
+        return jnp.int8 if self.integer else jnp.bfloat16
+
+
+def quantized_matmul(
+    x: Float[Array, "M I"],
+    values: Array,
+    scale: Float[Array, "G O"],
+    *,
+    qtype: str,
+    offset: Float[Array, "G O"] | None = None,
+    activations: str | None = None,
+    blocks: dict[str, int] | None = None,
+    interpret: calls.Interpret = False,
+) -> Float[Array, "M O"]:
+    """Return what the contract of this folder says.
+
+    `blocks`: rows of x a block, outputs a copy, copies a step, bytes of an output that meet in a push (`lanes`); by
+    default those tuned for the chip.
+
+    Raises:
+        NotImplementedError: a qtype, or groups, that the kernel does not know.
+        ValueError: shapes that do not fit, or blocks that need too much VMEM.
+    """
+    M, I = x.shape
+    O = values.shape[0]
+    chip = chips.current()
+    _check(x, values, scale, offset, qtype, activations)
+    chosen = blocks or tuning.blocks(
+        "quantized_matmul", chip.name, shape_class(x, values, scale, qtype=qtype, activations=activations)
+    )
+    plan = _plan(x, values, scale, qtype, activations, chosen, chip)
+    outputs, copies = calls.round_up(min(chosen["outputs"], O), 128), chosen["copies"]
+    copies = max(1, min(copies, pl.cdiv(O, outputs)))
+    step, count = outputs * copies, pl.cdiv(O, outputs)
+    steps = pl.cdiv(count, copies)
+    cores = chip.cores if steps % chip.cores == 0 else 1
+    steps //= cores
+    width = plan.chunks * plan.inputs
+    padded = calls.round_up(M, plan.rows)
+    if (padded, width) != (M, I):
+        x = jnp.pad(x, ((0, padded - M), (0, width - I)))
+
+    def weight_at(copy):
+        return lambda m, core, s: (jnp.minimum((core * steps + s) * copies + copy, count - 1), 0)
+
+    def out_at(m, core, s):
+        return m, core * steps + s
+
+    def scale_at(m, core, s):
+        return 0, core * steps + s
+
+    scales = [scale] if offset is None else [scale, offset]
+    G = scale.shape[0]
+    parts_rows = plan.parts * plan.groups * plan.rows
+    steps_of_x = plan.chunks * plan.groups
+    scratch = [
+        compat.VMEM((plan.chunks, parts_rows, plan.inputs), plan.dtype),
+        compat.VMEM((steps_of_x if plan.rounded else 1, plan.rows, 128), jnp.float32),
+        compat.VMEM((steps_of_x if offset is not None else 1, plan.rows, 128), jnp.float32),
+    ]
+    run = calls.call(
+        functools.partial(_body, plan=plan, copies=copies, outputs=outputs, offset=offset is not None),
+        name="quantized_matmul",
+        out_shape=jax.ShapeDtypeStruct((padded, O), x.dtype),
+        grid=(padded // plan.rows, cores, steps),
+        in_specs=[
+            pl.BlockSpec((plan.rows, width), lambda m, core, s: (m, 0)),
+            *(pl.BlockSpec((G, step), scale_at) for _ in scales),
+            *(pl.BlockSpec((outputs, values.shape[1]), weight_at(c)) for c in range(copies)),
+        ],
+        out_specs=pl.BlockSpec((plan.rows, step), out_at),
+        scratch=scratch,
+        scalars=(),
+        semantics=("arbitrary", "parallel", "arbitrary"),
+        interpret=interpret,
+    )
+    y = run(x, *scales, *[values] * copies)
+    return y if padded == M else y[:M]
+
+
+def shape_class(
+    x: Array, values: Array, scale: Array, *, qtype: str, activations: str | None = None, **_
+) -> dict[str, int | str]:
+    """Return the key of the tuned table: the form, inputs a group, rows, inputs and outputs."""
+    form = f"{qtype}_{activations or jnp.dtype(x.dtype).name}"
+    M, I = x.shape
+    return {"form": form, "group": I // scale.shape[0], "M": M, "I": I, "O": values.shape[0]}
+
+
+def _check(x, values, scale, offset, qtype, activations) -> None:
+    """Raise for what the contract does not allow, or the kernel does not know."""
+    if qtype not in QTYPES:
+        raise NotImplementedError(f"qtype={qtype!r}: must be one of {', '.join(QTYPES)}")
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"x of {x.dtype}: must be float32 or bfloat16")
+    if activations not in (None, "int8"):
+        raise NotImplementedError(f"activations={activations!r}: must be None or 'int8'")
+    if activations == "int8" and qtype == "float8_e4m3fn":
+        raise NotImplementedError("activations='int8' with a float8_e4m3fn weight: no chip multiplies the two")
+    O, G, I = values.shape[0], scale.shape[0], x.shape[1]
+    held = values.shape[1] * (2 if qtype in FOUR_BIT else 1)
+    if held != I:
+        raise ValueError(f"values {values.shape} of {qtype}: hold {held} inputs an output, and x has {I}")
+    stored = {"int8": (jnp.int8,), "float8_e4m3fn": (jnp.float8_e4m3fn, jnp.uint8)}.get(qtype, (jnp.uint8,))
+    if values.dtype not in stored:
+        raise ValueError(
+            f"values of {values.dtype}: those of {qtype} are {' or '.join(jnp.dtype(d).name for d in stored)}"
+        )
+    if scale.shape != (G, O) or I % G or (offset is not None and offset.shape != scale.shape):
+        raise ValueError(f"scale {scale.shape}: must be [G, {O}], where G divides {I}, and offset like it")
+    if qtype in FOUR_BIT and (I // G) % RUN:
+        raise NotImplementedError(f"groups of {I // G} inputs of {qtype}: must be multiples of {RUN}")
+
+
+def _plan(x, values, scale, qtype, activations, chosen, chip) -> Plan:
+    """Return how the product is cut."""
+    (M, I), G = x.shape, scale.shape[0]
+    planes = 2 if qtype in FOUR_BIT else 1
+    rounds = activations == "int8"
+    integer = chip.int8_ratio > 1 and (rounds or planes == 2)
+    wide = x.dtype == jnp.float32
+    parts = 1 if rounds else (3 if wide else 2) if integer else (3 if wide else 1)
+    held = values.shape[1]  # bytes of an output
+    group = held // G  # bytes of a group
+    if G == 1:
+        # One step of x, and one sum, where nothing asks for more; else x has a step for each chunk.
+        lanes = calls.round_up(held, 128) if rounds or not integer else chosen["lanes"]
+        groups = 1
+    else:
+        lanes = math.lcm(group, 128)
+        lanes *= max(1, min(chosen["lanes"], held) // lanes)
+        groups = lanes // group
+    rows = calls.round_up(min(M, chosen["rows"]), 16 if x.dtype == jnp.bfloat16 else 8)
+    return Plan(
+        qtype, integer, rounds or integer, parts, planes, lanes, held, pl.cdiv(held, lanes), groups, G, rows
+    )  # fmt: skip
+
+
+def _body(x_ref, scale_ref, *refs, plan, copies, outputs, offset):
+    refs = list(refs)
+    offset_ref = refs.pop(0) if offset else None
+    weights, (out_ref, parts_ref, step_ref, sum_ref) = refs[:copies], refs[copies:]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        _prepare(x_ref, parts_ref, step_ref if plan.rounded else None, sum_ref if offset else None, plan)
+
+    def columns(ref, g, copy):
+        return ref[g : g + 1, copy * outputs : (copy + 1) * outputs].astype(jnp.float32)
+
+    each = range(copies)
+    total = [jnp.zeros((plan.rows, outputs), jnp.float32) for _ in each]
+    for chunk in range(plan.chunks):
+        width = min(plan.lanes, plan.bytes - chunk * plan.lanes)
+        found = [_product(parts_ref, weights[c], chunk, width, plan) for c in each]
+        for j in range(plan.groups):
+            at = chunk * plan.groups + j  # of x's steps and sums
+            if plan.scales > 1 and at >= plan.scales:
+                break
+            sums = [_join(y, j, plan) for y in found]
+            if plan.rounded:
+                step = _across(step_ref[at], outputs)
+                sums = [y * step for y in sums]
+            if plan.scales > 1:
+                sums = [sums[c] * columns(scale_ref, at, c) for c in each]
+            total = [total[c] + sums[c] for c in each]
+            if offset and plan.scales > 1:
+                of_x = _across(sum_ref[at], outputs)
+                total = [total[c] + of_x * columns(offset_ref, at, c) for c in each]
+    if plan.scales == 1:
+        total = [total[c] * columns(scale_ref, 0, c) for c in each]
+        if offset:
+            of_x = _across(functools.reduce(jnp.add, [sum_ref[i] for i in range(plan.chunks)]), outputs)
+            total = [total[c] + of_x * columns(offset_ref, 0, c) for c in each]
+    for c in each:
+        out_ref[:, c * outputs : (c + 1) * outputs] = total[c].astype(out_ref.dtype)
+
+
+def _product(parts_ref, weight_ref, chunk, width, plan):
+    """Return the sums of a chunk, [parts x groups x rows, outputs]."""
+    found = None
+    planes = _codes(weight_ref, chunk * plan.lanes, width, plan)
+    if plan.planes == 2 and width % 128 == 0 and width == plan.lanes:
+        return _dot(parts_ref[chunk], jnp.concatenate(planes, axis=1))
+    for i, codes in enumerate(planes):
+        y = _dot(parts_ref[chunk, :, i * plan.lanes : i * plan.lanes + width], codes)
+        found = y if found is None else found + y
+    return found
+
+
+def _codes(weight_ref, start, width, plan):
+    """Return each plane of the codes of a chunk, [outputs, width]; those of int4 are 16 times as large."""
+    at = slice(start, start + width)
+    if plan.planes == 1:
+        return [widen(weight_ref[:, at], plan.dtype)]
+    words = pltpu.bitcast(weight_ref[:, at], jnp.int32)  # of four outputs
+    if plan.qtype == "int4":  # the sign is that of the high nibble
+        mask = jnp.int32(0xF0F0F0F0 - (1 << 32))
+        planes = (words << 4) & mask, words & mask
+    else:
+        mask = jnp.int32(0x0F0F0F0F)
+        planes = words & mask, (words >> 4) & mask
+    return [widen(pltpu.bitcast(plane, jnp.int8), plan.dtype) for plane in planes]
+
+
+def _join(found, j, plan):
+    """Return the sums of group j of a chunk, float32, of all parts of x."""
+    rows = plan.rows
+    parts = [found[(p * plan.groups + j) * rows :][:rows] for p in range(plan.parts)]
+    if not plan.integer:
+        return functools.reduce(jnp.add, parts[::-1])
+    if len(parts) == 2 and plan.group <= INT32_INPUTS:
+        return ((parts[0] << 7) + parts[1]).astype(jnp.float32)
+    parts = [part.astype(jnp.float32) for part in parts]
+    return functools.reduce(lambda high, low: high * 128.0 + low, parts)
+
+
+def _prepare(x_ref, parts_ref, step_ref, sum_ref, plan):
+    """Write x as the MXU takes it: parts, one row for each group, in the order of the codes; and its steps and sums."""
+    W, rows = plan.inputs, plan.rows
+    order = _order() if plan.planes == 2 else None
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, plan.lanes), 1)
+    for chunk in range(plan.chunks):
+        x = x_ref[:, chunk * W : (chunk + 1) * W].astype(jnp.float32)
+        if plan.rounded:
+            steps = [_step(part, plan) for part in _each_group(jnp.abs(x), plan)]
+            x = jnp.round(x / _spread(steps, plan))
+            split = _digits(x, plan.parts)
+        else:
+            steps = [1.0] * plan.groups
+            split = [x] if plan.parts == 1 else _truncated(x, plan.parts)
+        for j in range(plan.groups):
+            at = chunk * plan.groups + j
+            if step_ref is not None:
+                step_ref[at] = jnp.broadcast_to(steps[j] / (16.0 if plan.qtype == "int4" else 1.0), (rows, 128))
+        if sum_ref is not None:
+            for j, part in enumerate(_each_group(x, plan)):
+                total = part.sum(axis=1, keepdims=True) * steps[j]
+                sum_ref[chunk * plan.groups + j] = jnp.broadcast_to(total, (rows, 128))
+        split = jnp.concatenate(split)
+        if order is not None:
+            split = _ordered(split, order)
+        size = plan.lanes // plan.groups
+        lanes = jnp.concatenate([lane] * plan.planes, axis=1)
+        for p in range(plan.parts):
+            part = split[p * rows : (p + 1) * rows]
+            for j in range(plan.groups):
+                own = part if plan.groups == 1 else jnp.where((lanes >= j * size) & (lanes < (j + 1) * size), part, 0.0)
+                # int8 through int32: there is no direct way from float32.
+                own = own.astype(jnp.int32).astype(jnp.int8) if plan.integer else own.astype(plan.dtype)
+                parts_ref[chunk, pl.ds((p * plan.groups + j) * rows, rows), :] = own
+
+
+def _each_group(x, plan):
+    """Return the inputs of each group of a chunk, apart or with zeros in place of the others."""
+    if plan.group % 128 == 0:
+        return [x[:, j * plan.group : (j + 1) * plan.group] for j in range(plan.groups)]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, plan.inputs), 1)
+    return [
+        jnp.where((lane >= j * plan.group) & (lane < (j + 1) * plan.group), x, 0.0) for j in range(plan.groups)
+    ]  # fmt: skip
+
+
+def _spread(steps, plan):
+    """Return the step of each input of a chunk."""
+    shape = (plan.rows, plan.inputs)
+    if plan.groups == 1:
+        return jnp.broadcast_to(steps[0], shape)
+    if plan.group % 128 == 0:
+        return jnp.concatenate([jnp.broadcast_to(s, (plan.rows, plan.group)) for s in steps], axis=1)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    found = jnp.broadcast_to(steps[-1], shape)
+    for j in range(plan.groups - 2, -1, -1):
+        found = jnp.where(lane < (j + 1) * plan.group, steps[j], found)
+    return found
+
+
+def _step(magnitudes, plan):
+    peak = magnitudes.max(axis=1, keepdims=True)
+    return jnp.where(peak > 0, peak / (127.0 * 128.0 ** (plan.parts - 1)), 1.0)
+
+
+def _digits(x, parts):
+    """Return integers as digits of base 128, the first up to 127 and the others -64..64, largest first."""
+    found = []
+    for p in range(parts - 1, -1, -1):
+        digit = jnp.round(x * 128.0**-p)
+        x = x - digit * 128.0**p
+        found.append(digit)
+    return found
+
+
+def _truncated(x, parts):
+    """Return numbers of 8 bits each that add up to x exactly, largest first."""
+    found = []
+    for _ in range(parts):
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+        found.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - found[-1]
+    return found
+
+
+def _order():
+    """Return the matrix that brings 256 inputs into the order of the low nibbles, then the high ones, of 128 bytes."""
+    source = jax.lax.broadcasted_iota(jnp.int32, (WIDE, WIDE), 0)
+    target = jax.lax.broadcasted_iota(jnp.int32, (WIDE, WIDE), 1)
+    byte = target & 127
+    wanted = ((byte >> 4) << 5) + (byte & 15) + ((target >> 7) << 4)
+    return (source == wanted).astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def _ordered(x, order):
+    """Return numbers of 8 bits in the order of the codes: all low nibbles of a chunk, then all high ones."""
+    pieces = [x[:, i : i + WIDE].astype(jnp.bfloat16) for i in range(0, x.shape[1], WIDE)]
+    pieces = [jax.lax.dot_general(y, order, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+              for y in pieces]  # fmt: skip
+    return jnp.concatenate([y[:, :128] for y in pieces] + [y[:, 128:] for y in pieces], axis=1)
+
+
+def _across(x, outputs):
+    """Return [rows, 128] equal lanes as [rows, outputs]."""
+    return jnp.concatenate([x] * (outputs // 128), axis=1)
+
+
+def _dot(a, b):
+    kind = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=kind)
