@@ -11,8 +11,8 @@ for each group of I / G inputs, g(i) = i // (I / G); G = 1 is a scale an output.
 - "int4": uint8 `[O, I / 2]`, two's complement -8..7;  "uint4": the same, 0..15. Of each run of 32 inputs byte j holds
   input j in its low nibble and input j + 16 in its high one (`jaxinfer.ops.quantized.Packed`); 32 divides I and I / G.
 
-`activations="int8"` rounds x to integers first, round(x / step), step = max |x| / 127 over each row and group of inputs,
-and multiplies integers. Otherwise the products lose less than a bfloat16 x has lost already: where a chip multiplies
+`activations="int8"` rounds x to integers first, round(x / step), step = max |x| / 127 over each row and group, and
+multiplies integers. Otherwise the products lose less than a bfloat16 x has lost already: where a chip multiplies
 int8 faster, x of a four-bit weight is taken in steps of max |x| / 16,256 over a row and group (float32: / 2,080,768).
 Sums are float32 and are rounded once. (LLM.int8(), 2208.07339; AWQ, 2306.00978; SmoothQuant, 2211.10438.)
 """

@@ -18,8 +18,8 @@ STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn}
 def case(
     name: str,
     M: int,
-    I: int,  # noqa: E741
-    O: int,  # noqa: E741
+    I: int,
+    O: int,
     qtype: str,
     group: int | None = None,
     *,
@@ -54,14 +54,14 @@ def case(
     )
 
 
-def _outlier(M: int, I: int) -> np.ndarray:  # noqa: E741
+def _outlier(M: int, I: int) -> np.ndarray:
     """Return numbers of one sign, with an input a thousand times as large as the rest."""
     x = np.abs(np.random.default_rng(2).standard_normal((M, I))).astype(np.float32)
     x[:, 5] *= 1000
     return x
 
 
-def _fp8_bits(O: int, I: int) -> np.ndarray:  # noqa: E741
+def _fp8_bits(O: int, I: int) -> np.ndarray:
     """Return the bits of every float8_e4m3fn number but NaN."""
     bits = np.random.default_rng(3).integers(0, 255, (O, I))
     return np.where(bits & 127 == 127, 0, bits).astype(np.uint8)
@@ -94,19 +94,19 @@ TESTS = [
 ]
 
 
-def _real(M: int, O: int, qtype: str, group: int | None = None, **options: Any) -> Case:  # noqa: E741
+def _real(M: int, O: int, qtype: str, group: int | None = None, **options: Any) -> Case:
     form = ("w4" if qtype in FOUR_BIT else "fp8" if qtype == "float8_e4m3fn" else "w8") + (
         "a8" if "activations" in options else "a16"
     )
     return case(f"{form}_m{M}_o{O}", M, 4096, O, qtype, group, **options)
 
 
+SIZES = (*((M, 4096) for M in (1, 8, 16, 32, 64, 256)), *((M, 14336) for M in (1, 8, 16, 32)))
 TIMED = [
     *(
         _real(M, O, qtype, group, **options)
         for qtype, group, options in (("int8", None, {}), ("int4", 128, {"scales": BF16}), ("int8", None, A8))
-        for M, O in ((1, 4096), (8, 4096), (16, 4096), (32, 4096), (64, 4096), (256, 4096))
-        + ((1, 14336), (8, 14336), (16, 14336), (32, 14336))
+        for M, O in SIZES
     ),
     case("w4a16_f32scale_m8_o4096", 8, 4096, 4096, "int4", 128),
     case("w4a16_g32_m8_o4096", 8, 4096, 4096, "int4", 32, scales=BF16),
@@ -148,7 +148,7 @@ def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None)
 
 
 def _bf16(x, values, scale, **_):
-    """Return a product of the same shape with a bfloat16 weight, of two or four times the bytes; not the same numbers."""
+    """Return a product of the same shape with a bfloat16 weight, which has two or four times the bytes."""
     weight = jax.lax.bitcast_convert_type(jnp.zeros((values.shape[0], x.shape[1]), jnp.uint16), BF16)
     return jnp.einsum("mi,oi->mo", x.astype(BF16), weight, preferred_element_type=F32).astype(x.dtype)
 

@@ -91,9 +91,8 @@ def quantized_matmul(
     cores = chip.cores if steps % chip.cores == 0 else 1
     steps //= cores
     width = plan.chunks * plan.inputs
-    padded = calls.round_up(M, plan.rows)
-    if (padded, width) != (M, I):
-        x = jnp.pad(x, ((0, padded - M), (0, width - I)))
+    if width != I:
+        x = jnp.pad(x, ((0, 0), (0, width - I)))
 
     def weight_at(copy):
         return lambda m, core, s: (jnp.minimum((core * steps + s) * copies + copy, count - 1), 0)
@@ -116,8 +115,8 @@ def quantized_matmul(
     run = calls.call(
         functools.partial(_body, plan=plan, copies=copies, outputs=outputs, offset=offset is not None),
         name="quantized_matmul",
-        out_shape=jax.ShapeDtypeStruct((padded, O), x.dtype),
-        grid=(padded // plan.rows, cores, steps),
+        out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),
+        grid=(pl.cdiv(M, plan.rows), cores, steps),  # what the last block holds past the last row stays in those rows
         in_specs=[
             pl.BlockSpec((plan.rows, width), lambda m, core, s: (m, 0)),
             *(pl.BlockSpec((G, step), scale_at) for _ in scales),
@@ -129,8 +128,7 @@ def quantized_matmul(
         semantics=("arbitrary", "parallel", "arbitrary"),
         interpret=interpret,
     )
-    y = run(x, *scales, *[values] * copies)
-    return y if padded == M else y[:M]
+    return run(x, *scales, *[values] * copies)
 
 
 def shape_class(
@@ -169,7 +167,7 @@ def _check(x, values, scale, offset, qtype, activations) -> None:
 
 def _plan(x, values, scale, qtype, activations, chosen, chip) -> Plan:
     """Return how the product is cut."""
-    (M, I), G = x.shape, scale.shape[0]
+    M, G = x.shape[0], scale.shape[0]
     planes = 2 if qtype in FOUR_BIT else 1
     rounds = activations == "int8"
     integer = chip.int8_ratio > 1 and (rounds or planes == 2)
@@ -185,7 +183,7 @@ def _plan(x, values, scale, qtype, activations, chosen, chip) -> Plan:
         lanes = math.lcm(group, 128)
         lanes *= max(1, min(chosen["lanes"], held) // lanes)
         groups = lanes // group
-    rows = calls.round_up(min(M, chosen["rows"]), 16 if x.dtype == jnp.bfloat16 else 8)
+    rows = calls.round_up(min(M, chosen["rows"]), 8)
     return Plan(
         qtype, integer, rounds or integer, parts, planes, lanes, held, pl.cdiv(held, lanes), groups, G, rows
     )  # fmt: skip
@@ -297,13 +295,16 @@ def _prepare(x_ref, parts_ref, step_ref, sum_ref, plan):
             split = _ordered(split, order)
         size = plan.lanes // plan.groups
         lanes = jnp.concatenate([lane] * plan.planes, axis=1)
-        for p in range(plan.parts):
-            part = split[p * rows : (p + 1) * rows]
-            for j in range(plan.groups):
-                own = part if plan.groups == 1 else jnp.where((lanes >= j * size) & (lanes < (j + 1) * size), part, 0.0)
-                # int8 through int32: there is no direct way from float32.
-                own = own.astype(jnp.int32).astype(jnp.int8) if plan.integer else own.astype(plan.dtype)
-                parts_ref[chunk, pl.ds((p * plan.groups + j) * rows, rows), :] = own
+        own = [(lanes >= j * size) & (lanes < (j + 1) * size) for j in range(plan.groups)]
+        alone = plan.groups == 1
+        found = [
+            part if alone else jnp.where(own[j], part, 0.0)
+            for part in (split[p * rows : (p + 1) * rows] for p in range(plan.parts))
+            for j in range(plan.groups)
+        ]
+        found = jnp.concatenate(found)
+        # int8 through int32: there is no direct way from float32.
+        parts_ref[chunk] = found.astype(jnp.int32).astype(jnp.int8) if plan.integer else found.astype(plan.dtype)
 
 
 def _each_group(x, plan):
