@@ -51,6 +51,11 @@ class Plan:
         return self.inputs // self.groups
 
     @property
+    def lines(self) -> int:
+        """Rows of x as the MXU is given them: of each part and group; at least a whole tile of bfloat16."""
+        return calls.round_up(self.parts * self.groups * self.rows, 8 if self.integer else 16)
+
+    @property
     def dtype(self):
         """What the MXU is given."""
         return jnp.int8 if self.integer else jnp.bfloat16
@@ -105,10 +110,9 @@ def quantized_matmul(
 
     scales = [scale] if offset is None else [scale, offset]
     G = scale.shape[0]
-    parts_rows = plan.parts * plan.groups * plan.rows
     steps_of_x = plan.chunks * plan.groups
     scratch = [
-        compat.VMEM((plan.chunks, parts_rows, plan.inputs), plan.dtype),
+        compat.VMEM((plan.chunks, plan.lines, plan.inputs), plan.dtype),
         compat.VMEM((steps_of_x if plan.rounded else 1, plan.rows, 128), jnp.float32),
         compat.VMEM((steps_of_x if offset is not None else 1, plan.rows, 128), jnp.float32),
     ]
@@ -302,7 +306,8 @@ def _prepare(x_ref, parts_ref, step_ref, sum_ref, plan):
             for part in (split[p * rows : (p + 1) * rows] for p in range(plan.parts))
             for j in range(plan.groups)
         ]
-        found = jnp.concatenate(found)
+        short = plan.lines - len(found) * rows
+        found = jnp.concatenate(found + [jnp.zeros((short, W), jnp.float32)] * (short > 0))
         # int8 through int32: there is no direct way from float32.
         parts_ref[chunk] = found.astype(jnp.int32).astype(jnp.int8) if plan.integer else found.astype(plan.dtype)
 
