@@ -51,6 +51,11 @@ class Plan:
         return self.inputs // self.groups
 
     @property
+    def enlarged(self) -> float:
+        """How many times as large as the codes are the numbers that stand for them."""
+        return 16.0 if self.qtype == "int4" else 1.0
+
+    @property
     def lines(self) -> int:
         """Rows of x as the MXU is given them: of each part and group; at least a whole tile of bfloat16."""
         return calls.round_up(self.parts * self.groups * self.rows, 8 if self.integer else 16)
@@ -246,7 +251,7 @@ def _product(parts_ref, weight_ref, chunk, width, plan):
 
 
 def _codes(weight_ref, start, width, plan):
-    """Return each plane of the codes of a chunk, [outputs, width]; those of int4 are 16 times as large."""
+    """Return each plane of the codes of a chunk, [outputs, width]; those of int4 are 16 times as large (`enlarged`)."""
     at = slice(start, start + width)
     if plan.planes == 1:
         return [widen(weight_ref[:, at], plan.dtype)]
@@ -285,11 +290,11 @@ def _prepare(x_ref, parts_ref, step_ref, sum_ref, plan):
             split = _digits(x, plan.parts)
         else:
             steps = [1.0] * plan.groups
-            split = [x] if plan.parts == 1 else _truncated(x, plan.parts)
+            split = _truncated(x / plan.enlarged, plan.parts) if plan.parts > 1 else [x / plan.enlarged]
         for j in range(plan.groups):
             at = chunk * plan.groups + j
             if step_ref is not None:
-                step_ref[at] = jnp.broadcast_to(steps[j] / (16.0 if plan.qtype == "int4" else 1.0), (rows, 128))
+                step_ref[at] = jnp.broadcast_to(steps[j] / plan.enlarged, (rows, 128))
         if sum_ref is not None:
             for j, part in enumerate(_each_group(x, plan)):
                 total = part.sum(axis=1, keepdims=True) * steps[j]
