@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -20,7 +21,9 @@ from pallas_kernels.codes import widen
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
 
 RUN = 32  # inputs that share 16 bytes
-WIDE = 256  # inputs that are brought into the order of the nibbles at once
+HALF = 64  # bytes whose low and high nibbles make one push of 128
+SIGNED = np.int32(0xF0F0F0F0 - (1 << 32))  # in the high half of a byte a nibble has the byte's sign
+UNSIGNED = np.int32(0x0F0F0F0F)
 INT32_INPUTS = 1024  # of a group, up to which sums of two parts of x fit an int32 together: 127.5 * 128 * 128 each
 
 
@@ -188,6 +191,8 @@ def _plan(x, values, scale, qtype, activations, chosen, chip) -> Plan:
         # One step of x, and one sum, where nothing asks for more; else x has a step for each chunk.
         lanes = calls.round_up(held, 128) if rounds or not integer else chosen["lanes"]
         groups = 1
+    elif planes == 2 and chosen["lanes"] == HALF and HALF % group == 0:
+        lanes, groups = HALF, HALF // group
     else:
         lanes = math.lcm(group, 128)
         lanes *= max(1, min(chosen["lanes"], held) // lanes)
@@ -241,13 +246,29 @@ def _body(x_ref, scale_ref, *refs, plan, copies, outputs, offset):
 def _product(parts_ref, weight_ref, chunk, width, plan):
     """Return the sums of a chunk, [parts x groups x rows, outputs]."""
     found = None
-    planes = _codes(weight_ref, chunk * plan.lanes, width, plan)
-    if plan.planes == 2 and width % 128 == 0 and width == plan.lanes:
+    start = chunk * plan.lanes
+    if plan.lanes == HALF and start - start % 128 + 128 <= plan.bytes:
+        return _dot(parts_ref[chunk], _folded(weight_ref, start, plan))
+    planes = _codes(weight_ref, start, width, plan)
+    if plan.planes == 2 and width == plan.lanes and width % 128 == 0:
         return _dot(parts_ref[chunk], jnp.concatenate(planes, axis=1))
     for i, codes in enumerate(planes):
         y = _dot(parts_ref[chunk, :, i * plan.lanes : i * plan.lanes + width], codes)
         found = y if found is None else found + y
     return found
+
+
+def _folded(weight_ref, start, plan):
+    """Return the codes of 64 bytes, the low nibbles in the first lanes and the high ones in the others."""
+    words = pltpu.bitcast(weight_ref[:, start - start % 128 :][:, :128], jnp.int32)
+    other = pltpu.roll(words, HALF, 1)
+    low, high = (words, other) if start % 128 == 0 else (other, words)
+    first = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1) < HALF
+    if plan.qtype == "int4":
+        nibbles = jnp.where(first, low << 4, high) & SIGNED
+    else:
+        nibbles = jnp.where(first, low, high >> 4) & UNSIGNED
+    return widen(pltpu.bitcast(nibbles, jnp.int8), plan.dtype)
 
 
 def _codes(weight_ref, start, width, plan):
@@ -256,12 +277,10 @@ def _codes(weight_ref, start, width, plan):
     if plan.planes == 1:
         return [widen(weight_ref[:, at], plan.dtype)]
     words = pltpu.bitcast(weight_ref[:, at], jnp.int32)  # of four outputs
-    if plan.qtype == "int4":  # the sign is that of the high nibble
-        mask = jnp.int32(0xF0F0F0F0 - (1 << 32))
-        planes = (words << 4) & mask, words & mask
+    if plan.qtype == "int4":
+        planes = (words << 4) & SIGNED, words & SIGNED
     else:
-        mask = jnp.int32(0x0F0F0F0F)
-        planes = words & mask, (words >> 4) & mask
+        planes = words & UNSIGNED, (words >> 4) & UNSIGNED
     return [widen(pltpu.bitcast(plane, jnp.int8), plan.dtype) for plane in planes]
 
 
@@ -280,13 +299,14 @@ def _join(found, j, plan):
 def _prepare(x_ref, parts_ref, step_ref, sum_ref, plan):
     """Write x as the MXU takes it: parts, one row for each group, in the order of the codes; and its steps and sums."""
     W, rows = plan.inputs, plan.rows
-    order = _order() if plan.planes == 2 else None
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, plan.lanes), 1)
+    order = _order(min(plan.lanes, 128)) if plan.planes == 2 else None
     for chunk in range(plan.chunks):
         x = x_ref[:, chunk * W : (chunk + 1) * W].astype(jnp.float32)
         if plan.rounded:
             steps = [_step(part, plan) for part in _each_group(jnp.abs(x), plan)]
-            x = jnp.round(x / _spread(steps, plan))
+            # Steps that belong to the contract are divided by, the others are multiplied by their inverse.
+            exact = plan.parts == 1
+            x = jnp.round(x / _spread(steps, plan) if exact else x * _spread([1.0 / s for s in steps], plan))
             split = _digits(x, plan.parts)
         else:
             steps = [1.0] * plan.groups
@@ -302,19 +322,19 @@ def _prepare(x_ref, parts_ref, step_ref, sum_ref, plan):
         split = jnp.concatenate(split)
         if order is not None:
             split = _ordered(split, order)
-        size = plan.lanes // plan.groups
-        lanes = jnp.concatenate([lane] * plan.planes, axis=1)
-        own = [(lanes >= j * size) & (lanes < (j + 1) * size) for j in range(plan.groups)]
-        alone = plan.groups == 1
-        found = [
-            part if alone else jnp.where(own[j], part, 0.0)
-            for part in (split[p * rows : (p + 1) * rows] for p in range(plan.parts))
-            for j in range(plan.groups)
-        ]
-        short = plan.lines - len(found) * rows
-        found = jnp.concatenate(found + [jnp.zeros((short, W), jnp.float32)] * (short > 0))
-        # int8 through int32: there is no direct way from float32.
-        parts_ref[chunk] = found.astype(jnp.int32).astype(jnp.int8) if plan.integer else found.astype(plan.dtype)
+        if plan.integer:
+            split = split.astype(jnp.int32)
+        split = [split[p * rows : (p + 1) * rows] for p in range(plan.parts)]
+        if plan.groups > 1:
+            size = plan.lanes // plan.groups
+            lane = jax.lax.broadcasted_iota(jnp.int32, split[0].shape, 1)
+            lane = lane - jnp.where(lane >= plan.lanes, plan.lanes, 0)
+            own = [(lane >= j * size) & (lane < (j + 1) * size) for j in range(plan.groups)]
+            split = [jnp.where(own[j], part, jnp.zeros_like(part)) for part in split for j in range(plan.groups)]
+        short = plan.lines - plan.parts * plan.groups * rows
+        if short:
+            split.append(jnp.zeros((short, W), split[0].dtype))
+        parts_ref[chunk] = jnp.concatenate(split).astype(plan.dtype)
 
 
 def _each_group(x, plan):
@@ -350,9 +370,9 @@ def _digits(x, parts):
     """Return integers as digits of base 128, the first up to 127 and the others -64..64, largest first."""
     found = []
     for p in range(parts - 1, -1, -1):
-        digit = jnp.round(x * 128.0**-p)
-        x = x - digit * 128.0**p
+        digit = jnp.round(x * 128.0**-p) if p else x
         found.append(digit)
+        x = x - digit * 128.0**p if p else x
     return found
 
 
@@ -366,21 +386,24 @@ def _truncated(x, parts):
     return found
 
 
-def _order():
-    """Return the matrix that brings 256 inputs into the order of the low nibbles, then the high ones, of 128 bytes."""
-    source = jax.lax.broadcasted_iota(jnp.int32, (WIDE, WIDE), 0)
-    target = jax.lax.broadcasted_iota(jnp.int32, (WIDE, WIDE), 1)
-    byte = target & 127
-    wanted = ((byte >> 4) << 5) + (byte & 15) + ((target >> 7) << 4)
+def _order(half):
+    """Return the matrix that brings inputs into the order of the low nibbles, then the high ones, of `half` bytes."""
+    source = jax.lax.broadcasted_iota(jnp.int32, (2 * half, 2 * half), 0)
+    target = jax.lax.broadcasted_iota(jnp.int32, (2 * half, 2 * half), 1)
+    byte, high = target & (half - 1), (target >= half).astype(jnp.int32)
+    wanted = ((byte >> 4) << 5) + (byte & 15) + (high << 4)
     return (source == wanted).astype(jnp.float32).astype(jnp.bfloat16)
 
 
 def _ordered(x, order):
     """Return numbers of 8 bits in the order of the codes: all low nibbles of a chunk, then all high ones."""
-    pieces = [x[:, i : i + WIDE].astype(jnp.bfloat16) for i in range(0, x.shape[1], WIDE)]
+    wide = order.shape[0]
+    pieces = [x[:, i : i + wide].astype(jnp.bfloat16) for i in range(0, x.shape[1], wide)]
     pieces = [jax.lax.dot_general(y, order, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
               for y in pieces]  # fmt: skip
-    return jnp.concatenate([y[:, :128] for y in pieces] + [y[:, 128:] for y in pieces], axis=1)
+    if len(pieces) == 1:
+        return pieces[0]
+    return jnp.concatenate([y[:, : wide // 2] for y in pieces] + [y[:, wide // 2 :] for y in pieces], axis=1)
 
 
 def _across(x, outputs):
