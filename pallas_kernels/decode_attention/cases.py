@@ -135,8 +135,8 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     """Return blocks to try: a copy of 256 KiB to 2 MiB, in two to four buffers."""
     del chip
     found = []
-    for slots in (128, 256, 512, 1024, 2048):
-        for buffers in (2, 3, 4):
+    for slots in (256, 512, 1024):
+        for buffers in (2, 3):
             found.append({"slots": slots, "heads": 8, "buffers": buffers, "splits": 1})
     return found
 
