@@ -1,6 +1,7 @@
 """The one way a TPU kernel is called: its scalars, its VMEM checked before the compiler sees it, its interpreter."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,8 +34,8 @@ def call(
     """Return a function of the arrays that runs `body(*scalars, *inputs, *outputs, *scratch)` on every grid point.
 
     Scalars are int32 arrays that `body` reads from SMEM. No block index may depend on them: what depends on a scalar
-    is copied by the body. Scalars that are numpy arrays are written into the kernel itself: the same kernel, whose every
-    loop bound a static profile then knows. `aliases` maps inputs to outputs, by position among the arrays.
+    is copied by the body. Scalars that are numpy arrays are written into the kernel itself: the same kernel, of which a
+    static profile then knows every loop's bound. `aliases` maps inputs to outputs, by position among the arrays.
 
     Raises:
         ValueError: the buffers need more VMEM than the chip gives a kernel.
@@ -50,9 +51,12 @@ def call(
         values = [np.asarray(s, np.int32) for s in scalars]
 
         def constant(*refs):
-            for ref, value in zip(refs[len(refs) - count :], values, strict=True):
-                for index in np.ndindex(*value.shape):
-                    ref[index] = jnp.int32(int(value[index]))
+            @pl.when(functools.reduce(jnp.logical_and, [pl.program_id(i) == 0 for i in range(len(grid))]))
+            def _():
+                for ref, value in zip(refs[len(refs) - count :], values, strict=True):
+                    for index in np.ndindex(*value.shape):
+                        ref[index] = jnp.int32(int(value[index]))
+
             body(*refs[len(refs) - count :], *refs[: len(refs) - count])
 
         return pl.pallas_call(

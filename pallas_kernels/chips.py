@@ -63,7 +63,7 @@ def current() -> Chip:
 _assumed: list[Chip] = []
 
 
-class assume:  # noqa: N801  (read as a statement: `with assume("v6e"):`)
+class assume:
     """Trace for a chip by name, whatever the devices are: `with assume("v6e"): jax.jit(f).lower(...)`."""
 
     def __init__(self, name: str):

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 

@@ -59,7 +59,7 @@ def profile(
     peer: str | None = None,
     timeout: float = 600,
 ) -> dict[str, Any]:
-    """Return the static estimate of a timed case, made in a process of its own; `{"error": why}` where there is none."""
+    """Return the static estimate of a timed case, made in a process of its own, or `{"error": why}`."""
     with tempfile.TemporaryDirectory() as dump:
         command = [sys.executable, "-m", "pallas_kernels.static_profile", kernel, case, chip, "--dump", dump]
         command += ["--blocks", json.dumps(blocks)] if blocks else []

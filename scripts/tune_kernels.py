@@ -33,9 +33,7 @@ def tune(name: str, case_name: str, chip: str, jobs: int) -> dict[str, Any] | No
 
     with ThreadPoolExecutor(jobs) as pool:
         lines = list(pool.map(measure, candidates))
-    ranked = [
-        (line["predicted_us"], line["cycles"], i) for i, line in enumerate(lines) if "error" not in line
-    ]
+    ranked = [(line["predicted_us"], line["cycles"], i) for i, line in enumerate(lines) if "error" not in line]
     if not ranked:
         return None
     best = min(ranked)[2]
