@@ -23,14 +23,24 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     int8: bool = False  # the products are of integers, of which some chips make twice as many
+    donated: tuple[str, ...] = ()  # names of what the call changes in place
     blocks: Mapping[str, int] | None = None  # of a test; what is timed takes the tuned ones
     spoil: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
         """Return arrays: normal numbers, whole-range integers, and small positive numbers for what is named a scale."""
         rng = np.random.default_rng(seed)
-        return {name: shape if isinstance(shape, np.ndarray) else _draw(rng, name, shape)
-                for name, shape in self.shapes.items()}  # fmt: skip
+        return _inputs(rng, self.shapes)
+
+
+def _inputs(rng: np.random.Generator, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, Mapping):
+            found[name] = _inputs(rng, shape)
+        else:
+            found[name] = shape if isinstance(shape, np.ndarray) else _draw(rng, name, shape)
+    return found
 
 
 def _draw(rng: np.random.Generator, name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -93,13 +93,18 @@ def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
     scalars = {name: x for name, x in case.shapes.items() if isinstance(x, np.ndarray)}
     sharding = SingleDeviceSharding(compat.topology_device(chip.topology))
     arrays = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        name: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), x)
         for name, x in case.shapes.items()
         if name not in scalars
     }
     start = time.perf_counter()
     with chips.assume(args.chip):
-        compiled = jax.jit(lambda arrays: run(**arrays, **scalars, **options)).lower(arrays).compile()
+        given = {name: arrays.pop(name) for name in case.donated if name in arrays}
+
+        def call(kept, given):
+            return run(**kept, **given, **scalars, **options)
+
+        compiled = jax.jit(call, donate_argnums=1).lower(arrays, given).compile()
     line = {"kernel": args.kernel, "case": args.case, "implementation": args.peer or "pallas", "chip": args.chip}
     calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", compiled.as_text()))
     line |= {"compile_s": round(time.perf_counter() - start, 2), **_read(Path(args.dump), calls)}

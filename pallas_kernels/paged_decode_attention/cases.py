@@ -1,0 +1,129 @@
+"""What paged decode attention is tested and timed on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.case import Case, Kernel
+from pallas_kernels.decode_attention.cases import BRANCHING
+from pallas_kernels.paged_decode_attention import reference, tpu
+from pallas_kernels.paged_decode_attention.tpu import shape_class
+
+F32 = jnp.float32
+
+
+def case(
+    name: str,
+    B: int,
+    T: int,
+    K: int,
+    G: int,
+    page: int,
+    H: int,
+    length: list[int],
+    *,
+    dtype: Any = jnp.bfloat16,
+    cache: Any = None,
+    append: bool = True,
+    start: list[int] | None = None,
+    most: int | None = None,
+    blocks: dict[str, int] | None = None,
+    **options: Any,
+) -> Case:
+    """Return a case whose rows have their pages anywhere; `most` is the number of entries of a row's table."""
+    struct = jax.ShapeDtypeStruct
+    stored = cache or dtype
+    M = most or -(-max(length) // page)
+    P = B * M + 3
+    numbers = np.random.default_rng(7).permutation(P)[: B * M].astype(np.int32)
+    shapes: dict[str, Any] = {
+        "q": struct((B, T, K * G, H), dtype),
+        "k_pages": struct((P, K, page, H), stored),
+        "v_pages": struct((P, K, page, H), stored),
+        "table": numbers.reshape(B, M),
+        "length": np.array(length, np.int32),
+    }
+    if cache is not None:
+        shapes |= {name: struct((P, K, page), F32) for name in ("k_scale", "v_scale")}
+    if append:
+        shapes["new"] = {name: struct((B, T, K, H), stored) for name in "kv"}
+        if cache is not None:
+            shapes["new"] |= {name: struct((B, T, K), F32) for name in ("k_scale", "v_scale")}
+    if start is not None:
+        shapes["start"] = np.array(start, np.int32)
+    live = sum(n - s for n, s in zip(length, start or [0] * B, strict=True))
+    size = jnp.dtype(stored).itemsize
+    return Case(
+        name,
+        shapes,
+        {"scale": H**-0.5, **options},
+        flops=4.0 * live * T * K * G * H,
+        bytes=2.0 * live * K * (H * size + (4 if cache is not None else 0)),
+        blocks={"slots": 2 * page, "heads": 2, "buffers": 3, "splits": 1} | (blocks or {}),
+        donated=("k_pages", "v_pages", "k_scale", "v_scale") if append else (),
+        spoil=_spoil,
+    )
+
+
+def _spoil(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Fill what is not live with NaN, or the largest code; entries of the table past the length name no page."""
+    changed, page = dict(inputs), inputs["k_pages"].shape[2]
+    length, table = inputs["length"], inputs["table"]
+    B, M = table.shape
+    start = inputs.get("start", np.zeros(B, np.int32))
+    live = np.zeros((inputs["k_pages"].shape[0], page), bool)
+    for b in range(B):
+        slots = np.arange(M * page).reshape(M, page)
+        live[table[b]] = (slots >= start[b]) & (slots < length[b])
+    for name in ("k_pages", "v_pages", "k_scale", "v_scale"):
+        if name in inputs:
+            x = inputs[name]
+            worst = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 127
+            mask = live[:, None, :, None] if x.ndim == 4 else live[:, None]
+            changed[name] = jnp.where(mask, x, jnp.asarray(worst, x.dtype))
+    changed["table"] = np.where(np.arange(M) * page < length[:, None], table, 10**6).astype(np.int32)
+    return changed
+
+
+TESTS = [
+    case("pages_16", 3, 1, 2, 2, 16, 64, [1, 16, 40], dtype=F32, return_lse=True),
+    case("read_only", 2, 2, 2, 2, 8, 64, [33, 7], dtype=F32, append=False),
+    case("empty_row", 3, 1, 1, 8, 32, 128, [0, 33, 64], dtype=F32, return_lse=True),
+    case("across_pages", 2, 4, 2, 1, 16, 80, [34, 66], dtype=F32),
+    case("first_tokens", 2, 3, 2, 2, 8, 64, [3, 10], dtype=F32),
+    case("starts", 2, 1, 2, 2, 8, 64, [20, 30], start=[9, 29], dtype=F32),
+    case("window_sinks", 2, 1, 2, 2, 16, 96, [100, 12], window=20, sinks=4, dtype=F32),
+    case("softcap", 1, 2, 4, 1, 8, 256, [17], softcap=4.0, dtype=F32, blocks={"heads": 1}),
+    case("tree", 2, 8, 2, 2, 16, 64, [60, 31], tree=BRANCHING, dtype=F32),
+    case("splits", 3, 1, 2, 2, 16, 64, [128, 31, 0], dtype=F32, return_lse=True, blocks={"splits": 2}),
+    case("bf16", 2, 2, 2, 8, 32, 128, [130, 65]),
+    case("int8", 2, 2, 2, 4, 64, 128, [130, 65], cache=jnp.int8),
+    case("fp8", 2, 1, 2, 4, 32, 128, [130, 65], cache=jnp.float8_e4m3fn),
+]
+
+
+def _real(name: str, B: int, S: int, page: int, **options: Any) -> Case:
+    return case(name, B, 1, 8, 8, page, 128, [S] * B, **options)
+
+
+TIMED = [
+    _real("b8_s4096_p16", 8, 4096, 16),
+    _real("b8_s4096_p64", 8, 4096, 64),
+    _real("b8_s4096_p64_read", 8, 4096, 64, append=False),
+    _real("b8_s4096_p128", 8, 4096, 128),
+    _real("b8_s4096_p128_int8", 8, 4096, 128, cache=jnp.int8),
+    case("ragged_p64", 16, 1, 8, 8, 64, 128, [4096, 100, 4000, 17, 3000, 512, 2048, 4001] * 2),
+]
+
+
+def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+    """Return blocks to try: a block of 512 or 1024 slots, in two or three buffers."""
+    del case, chip
+    return [
+        {"slots": slots, "heads": 8, "buffers": buffers, "splits": 1} for slots in (512, 1024) for buffers in (2, 3)
+    ]
+
+
+KERNEL = Kernel("paged_decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class)
