@@ -45,19 +45,22 @@ def of_kind(device_kind: str) -> Chip:
     return CHIPS[_KINDS[device_kind]]
 
 
-def current() -> Chip:
-    """Return the chip that is being traced for: the mesh's, or else the default device's, or else a v5e.
+def target() -> Chip | None:
+    """Return the chip that is being traced for, or None: the one assumed, the mesh's, or the default backend's.
 
-    A program that is compiled ahead of time names its chip by `jax.sharding.use_abstract_mesh` or by `assume`.
+    A program that is compiled ahead of time names its chip by a mesh of its devices or by `assume`.
     """
     if _assumed:
         return _assumed[-1]
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and device.device_kind in _KINDS:
-        return of_kind(device.device_kind)
-    if jax.default_backend() == "tpu":
-        return of_kind(jax.devices()[0].device_kind)
-    return CHIPS["v5e"]
+    if device is not None:
+        return of_kind(device.device_kind) if device.device_kind in _KINDS else None
+    return of_kind(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
+
+
+def current() -> Chip:
+    """Return the chip that is being traced for; a v5e where it is none, as for an interpreter."""
+    return target() or CHIPS["v5e"]
 
 
 _assumed: list[Chip] = []

@@ -19,16 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels import aot
+
 LIBTPU = "0.0.52"  # the version that the committed figures are from
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 _UNITS = (
     ("dma", "dma"), ("vmatmul", "mxu"), ("vmatpush", "mxu"), ("vmatres", "mxu"), ("vdwg", "mxu"), ("vpop", "result"),
     ("vld", "load"), ("vst", "store"), ("vrot", "xlu"), ("vxpose", "xlu"), ("vmax.xlane", "xlu"),
@@ -47,7 +40,7 @@ def environment(dump: Path | str | None = None) -> dict[str, str]:
             f"--xla_jf_dump_to={dump}",
             "--xla_jf_dump_llo_text=false",
         ]
-    return {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": " ".join(flags)}
+    return {**aot.environment(), "LIBTPU_INIT_ARGS": " ".join(flags)}
 
 
 def profile(

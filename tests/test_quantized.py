@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jaxinfer.errors import InputError
 from jaxinfer.ops import quantized
-from jaxinfer.ops.einsum import einsum, einsum_int4_int8, einsum_int8, quantize_rows
+from jaxinfer.ops.einsum import einsum
+from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8, quantize_rows
 from jaxinfer.ops.quantized import Packed, codes, dequantize, nbytes, pack, take_rows, unpack
 from jaxinfer.passes.quantization.rounding import decode, encode, fit_group, leaf, round_to_nearest, scales
 

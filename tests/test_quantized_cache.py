@@ -42,8 +42,8 @@ def test_int8_is_half_a_step_off_at_most(size):
     x[0, 0, 0] = 0
     codes, scale = jax.jit(quantize, static_argnums=1)(x, "int8")
     assert codes.dtype == jnp.int8 and int(jnp.abs(codes).max()) == 127
-    error = np.abs(np.asarray(codes, np.float64) * np.asarray(scale, np.float64) - x)
-    assert (error <= np.asarray(scale, np.float64) / 2 * (1 + 1e-6)).all()
+    error = np.abs(np.asarray(codes, np.float64) * np.asarray(scale, np.float64)[..., None] - x)
+    assert (error <= np.asarray(scale, np.float64)[..., None] / 2 * (1 + 1e-6)).all()
     assert not np.asarray(codes[0, 0, 0]).any()
 
 
@@ -51,8 +51,8 @@ def test_fp8_keeps_three_bits_of_mantissa():
     x = draw(0, 3, 2, 50, 16)
     codes, scale = quantize(jnp.asarray(x), "float8_e4m3fn")
     codes = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
-    back = np.asarray(codes, np.float64) * np.asarray(scale, np.float64)
-    large = np.abs(x) > np.asarray(scale, np.float64) * 2.0**-6  # the others are subnormal
+    back = np.asarray(codes, np.float64) * np.asarray(scale, np.float64)[..., None]
+    large = np.abs(x) > np.asarray(scale, np.float64)[..., None] * 2.0**-6  # the others are subnormal
     assert large.mean() > 0.99 and (np.abs(back - x)[large] <= np.abs(x)[large] * 2.0**-4 * 1.01).all()
     assert np.isfinite(back).all() and np.abs(np.asarray(codes, np.float32)).max() == 448
 
@@ -62,7 +62,7 @@ def test_every_code_of_fp8_is_its_number(dtype):
     """A value is read by a query that sees it alone."""
     codes = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8)  # 0x7F is NaN
     one = jnp.ones((len(codes), 1, 1, 1), jnp.bfloat16)
-    k, v = (Scaled(jnp.asarray(x.reshape(len(codes), 1, 1, 1)), one) for x in (np.zeros_like(codes), codes))
+    k, v = (Scaled(jnp.asarray(x.reshape(len(codes), 1, 1, 1)), one[..., 0]) for x in (np.zeros_like(codes), codes))
     found = ONLINE(jnp.ones_like(one, dtype), k, v, jnp.zeros((len(codes), 1), jnp.int32), scale=1.0)
     np.testing.assert_array_equal(
         found[:, 0, 0, 0].astype(jnp.float32), codes.view(jnp.float8_e4m3fn).astype(np.float32)
@@ -88,11 +88,12 @@ def test_attention_over_codes_is_that_over_their_numbers(qtype, T, S, starts, wi
     k, v = (quantize(jnp.asarray(draw(seed, B, K, S, H)), qtype) for seed in (1, 2))
     unused = (np.arange(S) > positions.max(axis=1, keepdims=True))[:, None, :, None]
     worst = -128 if qtype == "int8" else 0x7F  # of fp8, NaN
-    with_nan = [Scaled(jnp.where(unused, worst, x.values), jnp.where(unused, jnp.nan, x.scale)) for x in (k, v)]
+    nan_scale = [jnp.where(unused[..., 0], jnp.nan, x.scale) for x in (k, v)]
+    with_nan = [Scaled(jnp.where(unused, worst, x.values), scale) for x, scale in zip((k, v), nan_scale, strict=True)]
     with_nan = [Scaled(x.values.astype(k.values.dtype), x.scale) for x in with_nan]
     options = dict(scale=0.5, window=window, softcap=softcap)
     found = ONLINE(q, *with_nan, jnp.asarray(positions, jnp.int32), **options)
-    full = [x.values.view(qtype).astype(jnp.float32) * x.scale.astype(jnp.float32) for x in (k, v)]
+    full = [x.values.view(qtype).astype(jnp.float32) * x.scale.astype(jnp.float32)[..., None] for x in (k, v)]
     expected = DENSE(q, *full, jnp.asarray(positions, jnp.int32), **options)
     assert np.isfinite(found).all() and found.dtype == q.dtype
     np.testing.assert_allclose(found[positions >= 0], expected[positions >= 0], rtol=0, atol=2e-5)

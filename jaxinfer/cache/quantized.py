@@ -31,18 +31,18 @@ class QuantizedCache:
         """Return an empty cache; attention dequantizes to the dtype of the queries, whatever `dtype` is."""
         shape = (batch, kv_heads, slots)
         codes = jnp.zeros((*shape, head_dim), jnp.int8 if self.qtype == "int8" else jnp.uint8)
-        scale = jnp.zeros((*shape, 1), jnp.bfloat16)
+        scale = jnp.zeros(shape, jnp.bfloat16)
         return QuantizedLayer(k=codes, k_scale=scale, v=codes, v_scale=scale, qtype=self.qtype)
 
 
 @nnx.dataclass
 class QuantizedLayer(nnx.Module):
-    """Codes `[B, K, S, H]` and their scales `[B, K, S, 1]`; slot s holds position s."""
+    """Codes `[B, K, S, H]` and their scales `[B, K, S]`; slot s holds position s."""
 
     k: Int8[Array, "B K S H"] | UInt8[Array, "B K S H"] = nnx.data()
-    k_scale: Float[Array, "B K S 1"] = nnx.data()
+    k_scale: Float[Array, "B K S"] = nnx.data()
     v: Int8[Array, "B K S H"] | UInt8[Array, "B K S H"] = nnx.data()
-    v_scale: Float[Array, "B K S 1"] = nnx.data()
+    v_scale: Float[Array, "B K S"] = nnx.data()
     qtype: QType = nnx.static(kw_only=True)
 
     @property
@@ -93,8 +93,8 @@ def quantize(x: Float[Array, "B K T H"], qtype: QType) -> Scaled:
     """
     largest = LARGEST[qtype]
     x = x.astype(jnp.float32)
-    scale = (jnp.abs(x).max(axis=-1, keepdims=True) / largest).astype(jnp.bfloat16)
-    codes = x / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+    scale = (jnp.abs(x).max(axis=-1) / largest).astype(jnp.bfloat16)
+    codes = x / jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None]
     if qtype == "int8":
         return Scaled(jnp.clip(jnp.round(codes), -largest, largest).astype(jnp.int8), scale)
     codes = jnp.clip(codes, -largest, largest).astype(qtype)

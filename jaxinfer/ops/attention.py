@@ -1,11 +1,15 @@
 """Softmax attention of query tokens against cache slots, masked by absolute positions."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
+
+from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.tpu_attention import tpu_attention
 
 MASKED = -1e30  # finite, so that padding, which sees nothing, gives numbers and not NaN
 QUERY_BLOCK = 256  # query tokens scored together in a prefill: bounds the score matrix to [N, 256, live slots]
@@ -20,7 +24,7 @@ class Scaled(NamedTuple):
     """
 
     values: Int8[Array, "B K S H"] | UInt8[Array, "B K S H"]
-    scale: Float[Array, "B K S 1"]
+    scale: Float[Array, "B K S"]
 
 
 def attention(
@@ -32,14 +36,23 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return `softmax(softcap(scale * q k^T) + mask) v`, where slot s holds the key of position s.
 
-    A query at position p sees positions p - window + 1 .. p. A negative position marks padding: its
-    output is finite and means nothing. Slots past the last query position are never used, whatever they hold,
-    and at most the next power of two of the live slots is read.
+    A query at position p sees positions p - window + 1 .. p. A row's positions follow on one another; a negative one
+    marks padding after them: its output is finite and means nothing. Slots past the last query position are never
+    used, whatever they hold; XLA reads at most the next power of two of the live slots, a kernel their blocks.
+
+    Raises:
+        NotImplementedError: the implementation that is named can't do it; why.
     """
-    return by_query_blocks(lambda q, p, _: _attend_block(q, k, v, p, scale, window, softcap), q, positions)
+    options = dict(scale=scale, window=window, softcap=softcap)
+
+    def xla(q, k, v, positions):
+        return by_query_blocks(lambda q, p, _: _attend_block(q, k, v, p, **options), q, positions)
+
+    return choose(implementation, functools.partial(tpu_attention, **options), xla, q, k, v, positions)
 
 
 def by_query_blocks(
@@ -140,7 +153,7 @@ def share(
     keys = _widened(k.values, q.dtype) if isinstance(k, Scaled) else k
     scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32)
     if isinstance(k, Scaled):
-        scores *= k.scale.astype(jnp.float32).swapaxes(2, 3)
+        scores *= k.scale.astype(jnp.float32)[:, :, None]
     scores = scores.reshape(B, K, -1, T, S)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -151,7 +164,7 @@ def share(
     used = seen.any(axis=1)[:, None, :, None]  # 0 * NaN is NaN
     weights = weights.reshape(B, K, -1, S)
     if isinstance(v, Scaled):
-        weights *= jnp.where(used, v.scale.astype(jnp.float32), 0).swapaxes(2, 3)
+        weights *= jnp.where(used[..., 0], v.scale.astype(jnp.float32), 0)[:, :, None]
     values = jnp.where(used, _widened(v.values, q.dtype) if isinstance(v, Scaled) else v, 0)
     out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return Share(out.reshape(B, K, -1, T, out.shape[-1]), total, peak)

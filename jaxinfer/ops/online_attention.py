@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.ops.attention import MASKED, Scaled, Share, by_query_blocks, group_heads, share, ungroup_heads, visible
+from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.tpu_attention import tpu_attention
 
 SLOT_BLOCK = 512  # slots unpacked at a time
 Block = tuple[Array | Scaled, Array | Scaled, Bool[Array, "B T S"]]  # keys, values, which query sees which slot
@@ -25,12 +27,25 @@ def online_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return what `ops.attention.attention` returns for `k.values * k.scale` and `v.values * v.scale`.
 
     A score is multiplied by its key's scale after the product, a weight by its value's before it, so that the codes
     themselves go into the products.
+
+    Raises:
+        NotImplementedError: the implementation that is named can't do it; why.
     """
+    options = dict(scale=scale, window=window, softcap=softcap)
+
+    def pallas(q, k, v, positions):
+        return tpu_attention(q, k.values, v.values, positions, k_scale=k.scale, v_scale=v.scale, **options)
+
+    return choose(implementation, pallas, functools.partial(_by_blocks, **options), q, k, v, positions)
+
+
+def _by_blocks(q, k, v, positions, *, scale, window, softcap):
     S = k.values.shape[2]
     size = min(S, SLOT_BLOCK)
 

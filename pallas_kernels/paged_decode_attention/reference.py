@@ -53,7 +53,7 @@ def gather(pages: Array, table: Int[Array, "B M"]) -> Array:
 
 
 def append(pages: Array, new: Array, table: Int[Array, "B M"], length: Int[Array, "B"]) -> Array:
-    """Return the pages with the new tokens `[B, T, K, ...]` at positions `length - T ..`; negative ones are left out."""
+    """Return the pages with the new tokens `[B, T, K, ...]` from position `length - T`; negative ones are left out."""
     T, page = new.shape[1], pages.shape[2]
     at = (length - T)[:, None] + jnp.arange(T)
     number = jnp.take_along_axis(table, jnp.maximum(at, 0) // page, axis=1)

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.errors import InputError
 from jaxinfer.models.layers import Leaf, Linear
 from jaxinfer.models.moe import Experts
-from jaxinfer.ops.einsum import einsum, einsum_int8
+from jaxinfer.ops.einsum import einsum
+from jaxinfer.ops.einsum_integer import einsum_int8
 from jaxinfer.passes.base import About
 from jaxinfer.passes.quantization.calibrated import CalibratedWeights, round_int8
 from jaxinfer.passes.quantization.nodes import DynamicEmbedding, DynamicExperts, DynamicLinear

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.models.layers import Embedding, Linear
 from jaxinfer.models.moe import Experts
-from jaxinfer.ops.einsum import einsum_int4_int8, einsum_int8, quantize_rows, sum_groups
+from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8, quantize_rows, sum_groups
 from jaxinfer.ops.quantized import codes, dequantize
 
 

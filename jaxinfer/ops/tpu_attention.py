@@ -1,0 +1,38 @@
+"""Attention of the model's queries by the TPU kernels, which take a row's position and length, not one a query."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import decode_attention
+
+DECODE_TOKENS = 8  # new tokens of a row up to which the cache's bytes, not the products, take the time
+
+
+def tpu_attention(
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
+    positions: Int[Array, "B T"],
+    *,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
+    **options: Any,
+) -> Float[Array, "B T N H"]:
+    """Return what `ops.attention.attention` returns for queries whose positions follow on one another.
+
+    Padding, at negative positions, comes after a row's queries; a row of padding alone gives 0. `options`: scale,
+    window, softcap.
+    """
+    length = positions.max(axis=1) + 1
+    if k.dtype == jnp.uint8:
+        k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))
+    from pallas_kernels import prefill_attention
+
+    few = q.shape[1] <= DECODE_TOKENS
+    attend = decode_attention.tpu if few else prefill_attention.tpu
+    attend = functools.partial(attend, length=length, position=positions[:, 0], **options)
+    return attend(q, k, v, k_scale=k_scale, v_scale=v_scale)

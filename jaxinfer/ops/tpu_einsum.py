@@ -1,0 +1,40 @@
+"""Products with quantized weights by the TPU kernel: codes are read from HBM as they are stored."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxinfer.ops.quantized import RUN, Packed, Quantized
+from pallas_kernels import quantized_matmul
+
+
+def tpu_product(
+    rows: Float[Array, "M I"], kernel: Quantized, *, first: bool, activations: str | None = None
+) -> Float[Array, "M O"]:
+    """Return `rows @ weight^T` for a weight stored outputs first; `activations="int8"` rounds the rows.
+
+    Raises:
+        NotImplementedError: the weight lies inputs first, or in a form that the kernel does not read.
+    """
+    if first:
+        raise NotImplementedError("a quantized weight stored inputs first: the kernel reads outputs first")
+    packed = isinstance(kernel, Packed)
+    if packed and kernel.shape[-1] % RUN:
+        raise NotImplementedError(f"packed rows of {kernel.shape[-1]} entries: the kernel reads whole runs of {RUN}")
+    values = kernel.values if packed else kernel.qvalue
+    outputs = math.prod(kernel.shape) // rows.shape[1]
+    tiles = [None if t is None else _tiles(t, outputs) for t in (kernel.scale, getattr(kernel, "offset", None))]
+    return quantized_matmul.tpu(
+        rows,
+        values.reshape(outputs, -1),
+        tiles[0],
+        offset=tiles[1],
+        qtype=kernel.qtype if packed else values.dtype.name,
+        activations=activations,
+    )
+
+
+def _tiles(x: Float[Array, "..."], outputs: int) -> Float[Array, "G O"]:
+    """Return scales or offsets as the kernel reads them; float16 is no type of its own there."""
+    return x.reshape(outputs, -1).astype(jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32).T
