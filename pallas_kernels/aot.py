@@ -1,6 +1,6 @@
 """Compile every test case of the kernels for TPU topologies, with no TPU: alone, and on every device under shard_map.
 
-    python -m pallas_kernels.aot [--kernels decode_attention,...] [--chips v5e,v5p,v6e,tpu7x] [--mesh] [--cases NAME,...]
+    python -m pallas_kernels.aot [--kernels decode_attention,...] [--chips v5e,...] [--mesh] [--cases NAME,...]
 
 prints one JSON line a case, with the kernel calls and aliased buffers of the compiled program, or the error. Needs
 libtpu. In a process of its own (`environment`): libtpu reads its flags once.

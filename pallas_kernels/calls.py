@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, compat
 
+Known = jax.Array | np.ndarray  # scalars and masks; what is given as numpy arrays is written into the kernel
 Interpret = Any  # False: compile; True: plain interpreter; compat.interpret_params(...): with DMAs and semaphores
 
 

@@ -80,5 +80,3 @@ class assume:
 
     def __exit__(self, *exc) -> None:
         _assumed.pop()
-
-

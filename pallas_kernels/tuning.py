@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.chips import Chip
+
 FOLDER = Path(__file__).parent / "blocks"
 
 
@@ -33,6 +35,14 @@ def blocks(kernel: str, chip: str, shape: dict[str, int | str]) -> dict[str, int
         if near:
             return dict(table(kernel)[min(near)[1]]["blocks"])
     raise NotImplementedError(f"{kernel}: no blocks are tuned for {shape}; see scripts/tune_kernels.py")
+
+
+def fitting(blocks: dict[str, int], slot_bytes: int, chip: Chip) -> dict[str, int]:
+    """Return blocks with as many slots as half of a kernel's VMEM holds, `slot_bytes` each: others may be wider."""
+    slots = blocks["slots"]
+    while slots > 32 and slots * blocks["buffers"] * slot_bytes > chip.vmem_limit // 2:
+        slots //= 2
+    return blocks | {"slots": slots}
 
 
 def _distance(entry: dict[str, Any], shape: dict[str, Any]) -> float | None:

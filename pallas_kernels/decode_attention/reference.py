@@ -3,20 +3,22 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.calls import Known
+
 
 def decode_attention(
     q: Float[Array, "B T N H"],
     k: Array,
     v: Array,
-    length: Int[Array, "B"],
+    length: Int[Known, "B"],
     *,
     scale: float,
-    start: Int[Array, "B"] | None = None,
-    position: Int[Array, "B"] | None = None,
+    start: Int[Known, "B"] | None = None,
+    position: Int[Known, "B"] | None = None,
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
-    tree: Bool[Array, "... T T"] | None = None,
+    tree: Bool[Known, "... T T"] | None = None,
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
@@ -62,8 +64,8 @@ def visible(
     T: int,
     S: int,
     start: Int[Array, "B"],
-    position: Int[Array, "B"],
-    length: Int[Array, "B"],
+    position: Int[Known, "B"],
+    length: Int[Known, "B"],
     window: int | None,
     sinks: int,
 ) -> Bool[Array, "B T S"]:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import calls
-from pallas_kernels.calls import div, rem
+from pallas_kernels.calls import Interpret, Known, div, rem
 from pallas_kernels.decode_attention import stores
 from pallas_kernels.decode_attention.softmax import Softmax
 from pallas_kernels.stream import Stream, state
@@ -25,18 +25,18 @@ def attend_rows(
     store: Any,
     kv_heads: int,
     capacity: int,
-    length: Int[Array, "B"],
+    length: Int[Known, "B"],
     *,
     scale: float,
-    start: Int[Array, "B"] | None,
-    position: Int[Array, "B"] | None,
+    start: Int[Known, "B"] | None,
+    position: Int[Known, "B"] | None,
     window: int | None,
     sinks: int,
     softcap: float | None,
-    tree: Bool[Array, "... T T"] | None,
+    tree: Bool[Known, "... T T"] | None,
     return_lse: bool,
     splits: int,
-    interpret: calls.Interpret,
+    interpret: Interpret,
 ):
     """Return the output, its log-sum-exp or None, and the arrays of the store that were changed in place.
 
@@ -105,7 +105,7 @@ def _scalars(length, start, position, *, B, T, S):
     return start, position, jnp.minimum(length, S)
 
 
-def _tree_rows(tree: Bool[Array, "..."], B: int, G: int, rows: int) -> Float[Array, "B R 128"]:
+def _tree_rows(tree: Bool[Known, "..."], B: int, G: int, rows: int) -> Float[Array, "B R 128"]:
     """Return for each query row which nodes it sees, in lanes, and its depth in the last lane."""
     T = tree.shape[-1]
     tree = jnp.broadcast_to(tree, (B, T, T)).astype(jnp.float32)

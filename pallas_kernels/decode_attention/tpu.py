@@ -5,7 +5,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import calls, chips, tuning
+from pallas_kernels import chips, tuning
+from pallas_kernels.calls import Interpret, Known
 from pallas_kernels.decode_attention.rows import attend_rows
 from pallas_kernels.decode_attention.stores import Dense
 
@@ -14,20 +15,20 @@ def decode_attention(
     q: Float[Array, "B T N H"],
     k: Array,
     v: Array,
-    length: Int[Array, "B"],
+    length: Int[Known, "B"],
     *,
     scale: float,
-    start: Int[Array, "B"] | None = None,
-    position: Int[Array, "B"] | None = None,
+    start: Int[Known, "B"] | None = None,
+    position: Int[Known, "B"] | None = None,
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
-    tree: Bool[Array, "... T T"] | None = None,
+    tree: Bool[Known, "... T T"] | None = None,
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
     blocks: dict[str, int] | None = None,
-    interpret: calls.Interpret = False,
+    interpret: Interpret = False,
 ):
     """Return what the contract of this folder says.
 
@@ -37,8 +38,11 @@ def decode_attention(
         NotImplementedError: more slots than a block holds, of which no block of whole tiles is a divisor.
         ValueError: blocks that need too much VMEM.
     """
-    K, S = k.shape[1:3]
-    chosen = blocks or tuning.blocks("decode_attention", chips.current().name, shape_class(q, k))
+    _, K, S, H = k.shape
+    chip = chips.current()
+    chosen = blocks or tuning.fitting(
+        tuning.blocks("decode_attention", chip.name, shape_class(q, k)), 2 * min(K, 8) * H * k.dtype.itemsize, chip
+    )
     tile = 128 if k_scale is not None else 16 if k.dtype.itemsize == 2 else 32
     store = Dense(
         k, v, k_scale, v_scale,
@@ -52,8 +56,8 @@ def decode_attention(
 
 
 def shape_class(q: Array, k: Array, *_, **__) -> dict[str, int | str]:
-    """Return the key of the tuned table: the cache's dtype and shape."""
-    return {"dtype": jnp.dtype(k.dtype).name, "K": k.shape[1], "S": k.shape[2], "H": k.shape[3]}
+    """Return the key of the tuned table: the cache's bits and shape."""
+    return {"bits": 8 * jnp.dtype(k.dtype).itemsize, "K": k.shape[1], "S": k.shape[2], "H": k.shape[3]}
 
 
 def fit_block(slots: int, S: int, tile: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.calls import Known
 from pallas_kernels.decode_attention.reference import decode_attention
 
 
@@ -12,16 +13,16 @@ def paged_decode_attention(
     q: Float[Array, "B T N H"],
     k_pages: Array,
     v_pages: Array,
-    table: Int[Array, "B M"],
-    length: Int[Array, "B"],
+    table: Int[Known, "B M"],
+    length: Int[Known, "B"],
     *,
     scale: float,
     new: Mapping[str, Array] | None = None,
-    start: Int[Array, "B"] | None = None,
+    start: Int[Known, "B"] | None = None,
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
-    tree: Bool[Array, "... T T"] | None = None,
+    tree: Bool[Known, "... T T"] | None = None,
     k_scale: Float[Array, "P K page"] | None = None,
     v_scale: Float[Array, "P K page"] | None = None,
     return_lse: bool = False,

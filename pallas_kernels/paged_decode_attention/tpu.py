@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import calls, chips, compat, tuning
-from pallas_kernels.calls import div, rem
+from pallas_kernels import chips, compat, tuning
+from pallas_kernels.calls import Interpret, Known, div, rem
 from pallas_kernels.decode_attention import products
 from pallas_kernels.decode_attention.rows import attend_rows
 
@@ -22,21 +22,21 @@ def paged_decode_attention(
     q: Float[Array, "B T N H"],
     k_pages: Array,
     v_pages: Array,
-    table: Int[Array, "B M"],
-    length: Int[Array, "B"],
+    table: Int[Known, "B M"],
+    length: Int[Known, "B"],
     *,
     scale: float,
     new: Mapping[str, Array] | None = None,
-    start: Int[Array, "B"] | None = None,
+    start: Int[Known, "B"] | None = None,
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
-    tree: Bool[Array, "... T T"] | None = None,
+    tree: Bool[Known, "... T T"] | None = None,
     k_scale: Float[Array, "P K page"] | None = None,
     v_scale: Float[Array, "P K page"] | None = None,
     return_lse: bool = False,
     blocks: dict[str, int] | None = None,
-    interpret: calls.Interpret = False,
+    interpret: Interpret = False,
 ):
     """Return what the contract of this folder says.
 
@@ -47,11 +47,16 @@ def paged_decode_attention(
         NotImplementedError: a page is not a whole number of the dtype's tiles.
         ValueError: blocks that need too much VMEM.
     """
-    K, page = k_pages.shape[1:3]
+    _, K, page, H = k_pages.shape
+    chip = chips.current()
     tile = 32 // k_pages.dtype.itemsize
     if page % tile:
         raise NotImplementedError(f"page={page}: must be a multiple of {tile} slots of {k_pages.dtype}")
-    chosen = blocks or tuning.blocks("paged_decode_attention", chips.current().name, shape_class(q, k_pages))
+    chosen = blocks or tuning.fitting(
+        tuning.blocks("paged_decode_attention", chip.name, shape_class(q, k_pages)),
+        2 * min(K, 8) * H * k_pages.dtype.itemsize,
+        chip,
+    )
     store = Paged(
         {"k": k_pages, "v": v_pages} | ({} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}),
         table, new,
@@ -68,9 +73,9 @@ def paged_decode_attention(
 
 
 def shape_class(q: Array, k_pages: Array, *_, **__) -> dict[str, int | str]:
-    """Return the key of the tuned table: the pages' dtype and shape."""
+    """Return the key of the tuned table: the pages' bits and shape."""
     _, K, page, H = k_pages.shape
-    return {"dtype": jnp.dtype(k_pages.dtype).name, "K": K, "page": page, "H": H}
+    return {"bits": 8 * k_pages.dtype.itemsize, "K": K, "page": page, "H": H}
 
 
 class Paged:
@@ -79,7 +84,7 @@ class Paged:
     def __init__(
         self,
         stored: Mapping[str, Array],
-        table: Int[Array, "B M"],
+        table: Int[Known, "B M"],
         new: Mapping[str, Array] | None,
         *,
         pages: int,
