@@ -23,6 +23,7 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     int8: bool = False  # the products are of integers, of which some chips make twice as many
+    races: bool = False  # is tested for races too: small, and of a kind of its own
     donated: tuple[str, ...] = ()  # names of what the call changes in place
     blocks: Mapping[str, int] | None = None  # of a test; what is timed takes the tuned ones
     spoil: Callable[[dict[str, Any]], dict[str, Any]] | None = None

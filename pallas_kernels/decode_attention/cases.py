@@ -56,6 +56,7 @@ def case(
         blocks={"slots": 128 if cache is not None else 32 if S % 32 == 0 else 64, "heads": 2, "buffers": 3, "splits": 1}
         | (blocks or {}),
         spoil=_spoil,
+        races=name in RACES,
     )
 
 
@@ -89,6 +90,7 @@ def tree_of(parents: list[int]) -> np.ndarray:
 
 BRANCHING = tree_of([-1, 0, 0, 1, 1, 2, 3, 6])
 F32 = jnp.float32
+RACES = ("odd_60_t3", "starts", "window_sinks", "splits", "head_by_head", "int8")
 
 TESTS = [
     case("odd_63", 3, 1, 1, 1, 63, 64, [0, 1, 63], dtype=F32, return_lse=True),

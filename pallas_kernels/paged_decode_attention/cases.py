@@ -12,6 +12,7 @@ from pallas_kernels.paged_decode_attention import reference, tpu
 from pallas_kernels.paged_decode_attention.tpu import shape_class
 
 F32 = jnp.float32
+RACES = ("pages_16", "across_pages", "read_only", "splits", "int8")
 
 
 def case(
@@ -64,6 +65,7 @@ def case(
         blocks={"slots": 2 * page, "heads": 2, "buffers": 3, "splits": 1} | (blocks or {}),
         donated=("k_pages", "v_pages", "k_scale", "v_scale") if append else (),
         spoil=_spoil,
+        races=name in RACES,
     )
 
 

@@ -12,6 +12,7 @@ from pallas_kernels.quantized_matmul.reference import FOUR_BIT, codes, dequantiz
 from pallas_kernels.quantized_matmul.tpu import shape_class
 
 F32, BF16 = jnp.float32, jnp.bfloat16
+RACES = ("int8_rows", "int4_groups_128_bf16")
 STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn}
 
 
@@ -50,6 +51,7 @@ def case(
         flops=2.0 * M * I * O,
         bytes=1.0 * O * held + (2 if offset else 1) * G * O * jnp.dtype(scales).itemsize + M * (I + O) * size,
         int8=options.get("activations") == "int8",
+        races=name in RACES,
         blocks={"rows": 64, "outputs": 128, "copies": 2, "lanes": 128} | (blocks or {}),
     )
 
@@ -87,6 +89,7 @@ TESTS = [
     case("int4", 3, 320, 60, "int4", dtype=F32),
     case("int4_96", 7, 96, 200, "int4"),
     case("int4_outlier", 3, 512, 200, "int4", 128, x=_outlier(3, 512), dtype=F32),
+    case("int4_outlier_bf16", 3, 512, 200, "int4", 128, x=_outlier(3, 512).astype(BF16)),
     case("uint4_offset", 3, 256, 200, "uint4", 64, offset=True, dtype=F32),
     case("uint4_offset_whole", 7, 320, 200, "uint4", offset=True, dtype=F32),
     case("uint4_offset_bf16", 7, 256, 63, "uint4", 32, offset=True, scales=BF16),
@@ -105,7 +108,7 @@ def _real(M: int, O: int, qtype: str, group: int | None = None, **options: Any) 
     return case(f"{form}_m{M}_o{O}", M, 4096, O, qtype, group, **options)
 
 
-SIZES = (*((M, 4096) for M in (1, 8, 16, 32, 64, 256)), *((M, 14336) for M in (1, 8, 16, 32)))
+SIZES = (*((M, 4096) for M in (1, 8, 16, 32, 64, 256)), *((M, 14336) for M in (8, 32)))
 TIMED = [
     *(
         _real(M, O, qtype, group, **options)
@@ -123,15 +126,14 @@ TIMED = [
 
 
 def candidates(case: Case, chip: str) -> list[dict[str, int]]:
-    """Return blocks to try: steps of 256 to 1024 outputs in one to four copies."""
+    """Return blocks to try: four copies of 64 to 256 KiB or more a step."""
     del chip
-    lanes = (128, 256) if case.options["qtype"] in FOUR_BIT else (128,)
+    rows = 64 if case.shapes["x"].shape[0] <= 64 else 128
+    lanes = (64, 128) if case.options["qtype"] in FOUR_BIT else (128,)
     return [
-        {"rows": 64, "outputs": step // copies, "copies": copies, "lanes": width}
-        for step in (256, 512, 1024)
-        for copies in (1, 2, 4)
+        {"rows": rows, "outputs": outputs, "copies": 4, "lanes": width}
+        for outputs in (128, 256, 512)
         for width in lanes
-        if step // copies >= 128
     ]
 
 

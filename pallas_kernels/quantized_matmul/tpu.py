@@ -21,6 +21,8 @@ from pallas_kernels.codes import widen
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
 
 RUN = 32  # inputs that share 16 bytes
+REGISTERS = 8  # of the 64, for the sums of the outputs that are computed together
+PREPARED = 64  # registers of parts of x that are prepared together
 HALF = 64  # bytes whose low and high nibbles make one push of 128
 SIGNED = np.int32(0xF0F0F0F0 - (1 << 32))  # in the high half of a byte a nibble has the byte's sign
 UNSIGNED = np.int32(0x0F0F0F0F)
@@ -182,9 +184,9 @@ def _plan(x, values, scale, qtype, activations, chosen, chip) -> Plan:
     M, G = x.shape[0], scale.shape[0]
     planes = 2 if qtype in FOUR_BIT else 1
     rounds = activations == "int8"
-    integer = chip.int8_ratio > 1 and (rounds or planes == 2)
-    wide = x.dtype == jnp.float32
-    parts = 1 if rounds else (3 if wide else 2) if integer else (3 if wide else 1)
+    wide = x.dtype == jnp.float32  # three bfloat16 numbers hold one exactly, two bytes would not
+    integer = chip.int8_ratio > 1 and (rounds or (planes == 2 and not wide))
+    parts = 1 if rounds else 2 if integer else 3 if wide else 1
     held = values.shape[1]  # bytes of an output
     group = held // G  # bytes of a group
     if G == 1:
@@ -212,14 +214,30 @@ def _body(x_ref, scale_ref, *refs, plan, copies, outputs, offset):
     def _():
         _prepare(x_ref, parts_ref, step_ref if plan.rounded else None, sum_ref if offset else None, plan)
 
-    def columns(ref, g, copy):
-        return ref[g : g + 1, copy * outputs : (copy + 1) * outputs].astype(jnp.float32)
+    # Every stage for some outputs at once, as many as leave registers for their sums.
+    together = max(1, REGISTERS // (plan.rows * outputs // 1024))
+    for first in range(0, copies, together):
+        each = range(first, min(first + together, copies))
+        total = _block([weights[c] for c in each], each, parts_ref, step_ref, sum_ref, scale_ref, offset_ref, plan)
+        for c, y in zip(each, total, strict=True):
+            out_ref[:, c * outputs : (c + 1) * outputs] = y.astype(out_ref.dtype)
 
-    each = range(copies)
-    total = [jnp.zeros((plan.rows, outputs), jnp.float32) for _ in each]
+
+def _block(weights, which, parts_ref, step_ref, sum_ref, scale_ref, offset_ref, plan):
+    """Return the result for the outputs of a few copies, float32; `which` are their numbers in the step."""
+    outputs = weights[0].shape[0]
+
+    def columns(ref, g):
+        return [ref[g : g + 1, c * outputs : (c + 1) * outputs].astype(jnp.float32) for c in which]
+
+    def add(total, sums, factors):
+        return [t + y * f for t, y, f in zip(total, sums, factors, strict=True)]
+
+    total = [jnp.zeros((plan.rows, outputs), jnp.float32) for _ in which]
+    ones = [1.0] * len(total)
     for chunk in range(plan.chunks):
         width = min(plan.lanes, plan.bytes - chunk * plan.lanes)
-        found = [_product(parts_ref, weights[c], chunk, width, plan) for c in each]
+        found = [_product(parts_ref, weight, chunk, width, plan) for weight in weights]
         for j in range(plan.groups):
             at = chunk * plan.groups + j  # of x's steps and sums
             if plan.scales > 1 and at >= plan.scales:
@@ -228,19 +246,15 @@ def _body(x_ref, scale_ref, *refs, plan, copies, outputs, offset):
             if plan.rounded:
                 step = _across(step_ref[at], outputs)
                 sums = [y * step for y in sums]
-            if plan.scales > 1:
-                sums = [sums[c] * columns(scale_ref, at, c) for c in each]
-            total = [total[c] + sums[c] for c in each]
-            if offset and plan.scales > 1:
-                of_x = _across(sum_ref[at], outputs)
-                total = [total[c] + of_x * columns(offset_ref, at, c) for c in each]
+            total = add(total, sums, columns(scale_ref, at) if plan.scales > 1 else ones)
+            if offset_ref is not None and plan.scales > 1:
+                total = add(total, [_across(sum_ref[at], outputs)] * len(total), columns(offset_ref, at))
     if plan.scales == 1:
-        total = [total[c] * columns(scale_ref, 0, c) for c in each]
-        if offset:
-            of_x = _across(functools.reduce(jnp.add, [sum_ref[i] for i in range(plan.chunks)]), outputs)
-            total = [total[c] + of_x * columns(offset_ref, 0, c) for c in each]
-    for c in each:
-        out_ref[:, c * outputs : (c + 1) * outputs] = total[c].astype(out_ref.dtype)
+        total = [y * scale for y, scale in zip(total, columns(scale_ref, 0), strict=True)]
+        if offset_ref is not None:
+            of_x = functools.reduce(jnp.add, [sum_ref[i] for i in range(plan.chunks)])
+            total = add(total, [_across(of_x, outputs)] * len(total), columns(offset_ref, 0))
+    return total
 
 
 def _product(parts_ref, weight_ref, chunk, width, plan):
@@ -298,43 +312,53 @@ def _join(found, j, plan):
 
 def _prepare(x_ref, parts_ref, step_ref, sum_ref, plan):
     """Write x as the MXU takes it: parts, one row for each group, in the order of the codes; and its steps and sums."""
-    W, rows = plan.inputs, plan.rows
     order = _order(min(plan.lanes, 128)) if plan.planes == 2 else None
-    for chunk in range(plan.chunks):
-        x = x_ref[:, chunk * W : (chunk + 1) * W].astype(jnp.float32)
-        if plan.rounded:
-            steps = [_step(part, plan) for part in _each_group(jnp.abs(x), plan)]
-            # Steps that belong to the contract are divided by, the others are multiplied by their inverse.
-            exact = plan.parts == 1
-            x = jnp.round(x / _spread(steps, plan) if exact else x * _spread([1.0 / s for s in steps], plan))
-            split = _digits(x, plan.parts)
+    together = max(1, 1024 * PREPARED // (plan.rows * plan.inputs * plan.parts))
+    for first in range(0, plan.chunks, together):
+        chunks = range(first, min(first + together, plan.chunks))
+        _prepare_chunks(chunks, order, x_ref, parts_ref, step_ref, sum_ref, plan)
+
+
+def _prepare_chunks(chunks, order, x_ref, parts_ref, step_ref, sum_ref, plan):
+    """Write what belongs to a few chunks, each stage for all of them at once: the stages of one are long waits."""
+    W, rows, groups = plan.inputs, plan.rows, range(plan.groups)
+    x = [x_ref[:, chunk * W : (chunk + 1) * W].astype(jnp.float32) for chunk in chunks]
+    steps = [[1.0] * plan.groups for _ in chunks]
+    if plan.rounded:
+        apart = [_each_group(jnp.abs(y), plan) for y in x]
+        peaks = [[y.max(axis=1, keepdims=True) for y in parts] for parts in apart]
+        steps = [[_step(y, plan) for y in parts] for parts in peaks]
+        if plan.parts == 1:  # the step is the contract's: divided by as the reference divides
+            x = [jnp.round(y / _spread(step, plan)) for y, step in zip(x, steps, strict=True)]
         else:
-            steps = [1.0] * plan.groups
-            split = _truncated(x / plan.enlarged, plan.parts) if plan.parts > 1 else [x / plan.enlarged]
-        for j in range(plan.groups):
-            at = chunk * plan.groups + j
-            if step_ref is not None:
-                step_ref[at] = jnp.broadcast_to(steps[j] / plan.enlarged, (rows, 128))
-        if sum_ref is not None:
-            for j, part in enumerate(_each_group(x, plan)):
-                total = part.sum(axis=1, keepdims=True) * steps[j]
-                sum_ref[chunk * plan.groups + j] = jnp.broadcast_to(total, (rows, 128))
-        split = jnp.concatenate(split)
-        if order is not None:
-            split = _ordered(split, order)
-        if plan.integer:
-            split = split.astype(jnp.int32)
-        split = [split[p * rows : (p + 1) * rows] for p in range(plan.parts)]
+            inverse = [[1.0 / s for s in step] for step in steps]
+            x = [jnp.round(y * _spread(step, plan)) for y, step in zip(x, inverse, strict=True)]
+        for chunk, step in zip(chunks, steps, strict=True):
+            for j in groups:
+                step_ref[chunk * plan.groups + j] = jnp.broadcast_to(step[j] / plan.enlarged, (rows, 128))
+    if sum_ref is not None:
+        sums = [[y.sum(axis=1, keepdims=True) for y in _each_group(y, plan)] for y in x]
+        for chunk, total, step in zip(chunks, sums, steps, strict=True):
+            for j in groups:
+                sum_ref[chunk * plan.groups + j] = jnp.broadcast_to(total[j] * step[j], (rows, 128))
+    split = [_digits(y, plan.parts) if plan.rounded else _truncated(y / plan.enlarged, plan.parts) for y in x]
+    split = [jnp.concatenate(parts) for parts in split]
+    if order is not None:
+        split = _ordered(split, order)
+    if plan.integer:
+        split = [y.astype(jnp.int32) for y in split]
+    short = plan.lines - plan.parts * plan.groups * rows
+    for chunk, y in zip(chunks, split, strict=True):
+        parts = [y[p * rows : (p + 1) * rows] for p in range(plan.parts)]
         if plan.groups > 1:
             size = plan.lanes // plan.groups
-            lane = jax.lax.broadcasted_iota(jnp.int32, split[0].shape, 1)
+            lane = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
             lane = lane - jnp.where(lane >= plan.lanes, plan.lanes, 0)
-            own = [(lane >= j * size) & (lane < (j + 1) * size) for j in range(plan.groups)]
-            split = [jnp.where(own[j], part, jnp.zeros_like(part)) for part in split for j in range(plan.groups)]
-        short = plan.lines - plan.parts * plan.groups * rows
+            own = [(lane >= j * size) & (lane < (j + 1) * size) for j in groups]
+            parts = [jnp.where(own[j], part, jnp.zeros_like(part)) for part in parts for j in groups]
         if short:
-            split.append(jnp.zeros((short, W), split[0].dtype))
-        parts_ref[chunk] = jnp.concatenate(split).astype(plan.dtype)
+            parts.append(jnp.zeros((short, W), y.dtype))
+        parts_ref[chunk] = jnp.concatenate(parts).astype(plan.dtype)
 
 
 def _each_group(x, plan):
@@ -361,8 +385,7 @@ def _spread(steps, plan):
     return found
 
 
-def _step(magnitudes, plan):
-    peak = magnitudes.max(axis=1, keepdims=True)
+def _step(peak, plan):
     return jnp.where(peak > 0, peak / (127.0 * 128.0 ** (plan.parts - 1)), 1.0)
 
 
@@ -377,7 +400,9 @@ def _digits(x, parts):
 
 
 def _truncated(x, parts):
-    """Return numbers of 8 bits each that add up to x exactly, largest first."""
+    """Return numbers of 8 bits each that add up to x exactly, largest first; x itself if it is one."""
+    if parts == 1:
+        return [x]
     found = []
     for _ in range(parts):
         bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
@@ -395,15 +420,24 @@ def _order(half):
     return (source == wanted).astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def _ordered(x, order):
-    """Return numbers of 8 bits in the order of the codes: all low nibbles of a chunk, then all high ones."""
-    wide = order.shape[0]
-    pieces = [x[:, i : i + wide].astype(jnp.bfloat16) for i in range(0, x.shape[1], wide)]
-    pieces = [jax.lax.dot_general(y, order, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-              for y in pieces]  # fmt: skip
-    if len(pieces) == 1:
-        return pieces[0]
-    return jnp.concatenate([y[:, : wide // 2] for y in pieces] + [y[:, wide // 2 :] for y in pieces], axis=1)
+def _ordered(numbers, order):
+    """Return each array of numbers of 8 bits in the order of the codes: all low nibbles of a chunk, then all high ones.
+
+    One product for all of them: the matrix is pushed once.
+    """
+    wide, rows = order.shape[0], numbers[0].shape[0]
+    pieces = [x[:, i : i + wide] for x in numbers for i in range(0, x.shape[1], wide)]
+    dots = (((1,), (0,)), ((), ()))
+    found = jax.lax.dot_general(
+        jnp.concatenate(pieces).astype(jnp.bfloat16), order, dots, preferred_element_type=jnp.float32
+    )
+    pieces = [found[i : i + rows] for i in range(0, found.shape[0], rows)]
+    each = len(pieces) // len(numbers)
+    if each == 1:
+        return pieces
+    pieces = [pieces[i : i + each] for i in range(0, len(pieces), each)]
+    halves = [[y[:, : wide // 2] for y in own] + [y[:, wide // 2 :] for y in own] for own in pieces]
+    return [jnp.concatenate(own, axis=1) for own in halves]
 
 
 def _across(x, outputs):
