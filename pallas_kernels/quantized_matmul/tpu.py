@@ -110,12 +110,12 @@ def quantized_matmul(
         x = jnp.pad(x, ((0, 0), (0, width - I)))
 
     def weight_at(copy):
-        return lambda m, core, s: (jnp.minimum((core * steps + s) * copies + copy, count - 1), 0)
+        return lambda core, m, s: (jnp.minimum((core * steps + s) * copies + copy, count - 1), 0)
 
-    def out_at(m, core, s):
+    def out_at(core, m, s):
         return m, core * steps + s
 
-    def scale_at(m, core, s):
+    def scale_at(core, m, s):
         return 0, core * steps + s
 
     scales = [scale] if offset is None else [scale, offset]
@@ -130,16 +130,16 @@ def quantized_matmul(
         functools.partial(_body, plan=plan, copies=copies, outputs=outputs, offset=offset is not None),
         name="quantized_matmul",
         out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),
-        grid=(pl.cdiv(M, plan.rows), cores, steps),  # what the last block holds past the last row stays in those rows
+        grid=(cores, pl.cdiv(M, plan.rows), steps),  # what the last block holds past the last row stays in those rows
         in_specs=[
-            pl.BlockSpec((plan.rows, width), lambda m, core, s: (m, 0)),
+            pl.BlockSpec((plan.rows, width), lambda core, m, s: (m, 0)),
             *(pl.BlockSpec((G, step), scale_at) for _ in scales),
             *(pl.BlockSpec((outputs, values.shape[1]), weight_at(c)) for c in range(copies)),
         ],
         out_specs=pl.BlockSpec((plan.rows, step), out_at),
         scratch=scratch,
         scalars=(),
-        semantics=("arbitrary", "parallel", "arbitrary"),
+        semantics=("parallel", "arbitrary", "arbitrary"),
         interpret=interpret,
     )
     return run(x, *scales, *[values] * copies)
