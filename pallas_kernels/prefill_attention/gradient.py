@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-import pallas_kernels.prefill_attention.tpu as kernel
+from pallas_kernels.prefill_attention import tpu
 from pallas_kernels.prefill_attention.reference import visible
 
 QUERIES = 128  # of a block of the gradient, which holds its scores with all slots
@@ -16,12 +16,12 @@ SCALARS = ("position", "length", "starts")
 
 
 def prefill_attention(q: Float[Array, "B T N H"], k: Array, v: Array, **options: Any):
-    """Return `tpu.prefill_attention(q, k, v, **options)`, which this gives a gradient with respect to q, k and v.
+    """Return `tpu(q, k, v, **options)`, which this gives a gradient with respect to q, k and v.
 
     Block lists and codes have none: JAX says so where one is asked for.
     """
     if options.get("lists") is not None or options.get("k_scale") is not None:
-        return kernel.prefill_attention(q, k, v, **options)
+        return tpu(q, k, v, **options)
     scalars = {name: options.pop(name, None) for name in SCALARS}
     known = {name: x for name, x in scalars.items() if isinstance(x, np.ndarray)}
     given = {name: x for name, x in scalars.items() if x is not None and name not in known}
@@ -29,10 +29,10 @@ def prefill_attention(q: Float[Array, "B T N H"], k: Array, v: Array, **options:
 
     @jax.custom_vjp
     def attend(q, k, v, given):
-        return kernel.prefill_attention(q, k, v, return_lse=return_lse, **known, **given, **options)
+        return tpu(q, k, v, return_lse=return_lse, **known, **given, **options)
 
     def forward(q, k, v, given):
-        out, lse = kernel.prefill_attention(q, k, v, return_lse=True, **known, **given, **options)
+        out, lse = tpu(q, k, v, return_lse=True, **known, **given, **options)
         return (out, lse) if return_lse else out, (q, k, v, out, lse, given)
 
     def backward(saved, found):
@@ -48,15 +48,13 @@ def prefill_attention(q: Float[Array, "B T N H"], k: Array, v: Array, **options:
     return attend(q, k, v, given)
 
 
-def _seen(S, scalars, words, first, size, T, B):
+def _seen(S, scalars, words, first, size, B):
     """Return which slots the queries from `first` on see, `[B, size, S]`."""
-    # Of all queries, of which XLA computes those that are cut out.
-    found = visible(T, S, B, *(scalars.get(name) for name in SCALARS), **words)
-    return jax.lax.dynamic_slice_in_dim(found, first, size, axis=1)
+    return visible(first + jnp.arange(size), B, S, *(scalars.get(name) for name in SCALARS), **words)
 
 
 def gradient(q, k, v, out, lse, d_out, d_lse, seen, *, scale, softcap):
-    """Return the gradients of q, k and v; `seen(first, size, T, B)` tells which slots a block of queries sees.
+    """Return the gradients of q, k and v; `seen(first, size, B)` tells which slots a block of queries sees.
 
     With P the weights and dP = dO V^T:  dS = P (dP - sum(dO O) + dlse),  dQ = dS K,  dK = dS^T Q,  dV = P^T dO.
     """
@@ -80,9 +78,7 @@ def gradient(q, k, v, out, lse, d_out, d_lse, seen, *, scale, softcap):
         first, q, d_out, lse, delta = block
         raw = dot("btkgh,bksh->bkgts", q, keys) * scale
         capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
-        at = jnp.minimum(first, T - size)
-        mask = jnp.roll(seen(at, size, T, B), at - first, axis=1)  # the last block reaches back: its own rows first
-        mask &= (first + jnp.arange(size) < T)[None, :, None]
+        mask = seen(first, size, B) & (first + jnp.arange(size) < T)[None, :, None]
         weights = jnp.where(mask[:, None, None], jnp.exp(capped - lse.transpose(0, 2, 3, 1)[..., None]), 0)
         d_values = dot("bkgts,btkgh->bksh", weights, d_out)
         d_scores = weights * (dot("btkgh,bksh->bkgts", d_out, values) - delta.transpose(0, 2, 3, 1)[..., None])

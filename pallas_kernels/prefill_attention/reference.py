@@ -28,7 +28,7 @@ def prefill_attention(
     """Return what the contract of this folder says, in q's dtype."""
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
-    seen = visible(B, T, S, position, length, starts, window, sinks)[:, None]
+    seen = visible(jnp.arange(T), B, S, position, length, starts, window, sinks)[:, None]
     if lists is not None:
         chosen = _chosen(jnp.asarray(counts), jnp.asarray(lists), sparse_block, T, S)
         seen = seen & jnp.repeat(chosen, N // chosen.shape[1], axis=1)
@@ -58,8 +58,8 @@ def prefill_attention(
 
 
 def visible(
+    token: Int[Array, "T"],
     B: int,
-    T: int,
     S: int,
     position: Int[Known, "B"] | None,
     length: Int[Known, "B"] | None,
@@ -67,15 +67,15 @@ def visible(
     window: int | None,
     sinks: int,
 ) -> Bool[Array, "B T S"]:
-    """Return which slots each query sees, block lists apart."""
-    slot, token = jnp.arange(S)[None, None], jnp.arange(T)[None, :, None]
+    """Return which slots each query, some tokens of a row, sees; block lists apart."""
+    slot, token = jnp.arange(S)[None, None], token[None, :, None]
     at = token if position is None else jnp.asarray(position)[:, None, None] + token
-    seen = jnp.broadcast_to(slot <= at, (B, T, S))
+    seen = jnp.broadcast_to(slot <= at, (B, token.shape[1], S))
     if length is not None:
         seen &= slot < jnp.asarray(length)[:, None, None]
     if starts is not None:
         bounds = jnp.asarray(starts)[:, None]  # [B, 1, R + 1]
-        of_token = (bounds <= jnp.arange(T)[None, :, None]).sum(-1)[:, :, None]
+        of_token = (bounds <= token).sum(-1)[:, :, None]
         of_slot = (bounds <= jnp.arange(S)[None, :, None]).sum(-1)[:, None]
         seen &= (of_token == of_slot) & (of_slot > 0) & (of_slot < bounds.shape[-1])
     return seen if window is None else seen & ((slot > at - window) | (slot < sinks))
