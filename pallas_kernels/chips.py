@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from pallas_kernels import compat
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -50,8 +52,8 @@ def target() -> Chip | None:
 
     A program that is compiled ahead of time names its chip by a mesh of its devices or by `assume`.
     """
-    if _assumed:
-        return _assumed[-1]
+    if compat.assumed_chip.value is not None:
+        return CHIPS[compat.assumed_chip.value]
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return of_kind(device.device_kind) if device.device_kind in _KINDS else None
@@ -63,20 +65,18 @@ def current() -> Chip:
     return target() or CHIPS["v5e"]
 
 
-_assumed: list[Chip] = []
-
-
 class assume:
     """Trace for a chip by name, whatever the devices are: `with assume("v6e"): jax.jit(f).lower(...)`."""
 
     def __init__(self, name: str):
         if name not in CHIPS:
             raise ValueError(f"chip={name!r}: must be one of {', '.join(CHIPS)}")
-        self._chip = CHIPS[name]
+        self._name = name
 
     def __enter__(self) -> Chip:
-        _assumed.append(self._chip)
-        return self._chip
+        self._context = compat.assumed_chip(self._name)
+        self._context.__enter__()
+        return CHIPS[self._name]
 
     def __exit__(self, *exc) -> None:
-        _assumed.pop()
+        self._context.__exit__(*exc)

@@ -5,8 +5,8 @@ Copies are carried out as late as they may be (when they are waited for) and as 
 
 import jax.numpy as jnp
 import pytest
-
 from kernel_cases import case_of, check
+
 from pallas_kernels import compat
 from pallas_kernels.decode_attention import stores
 from pallas_kernels.kernels import KERNELS, kernel

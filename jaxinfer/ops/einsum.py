@@ -36,8 +36,9 @@ def einsum(
     """
     rows, out_shape = flatten(eq, x, kernel.shape)
     if is_quantized(kernel):
-        own = functools.partial(tpu_product, first=inputs_first(eq))
-        y = choose(implementation, own, functools.partial(_weight_only, first=inputs_first(eq)), rows, kernel)
+        first = inputs_first(eq)
+        pallas = functools.partial(tpu_product, first=first)
+        y = choose(implementation, pallas, lambda x, w: _weight_only(x, w, first).astype(x.dtype), rows, kernel)
     elif implementation == "pallas":
         raise NotImplementedError("implementation='pallas': a product with a float kernel is XLA's")
     else:

@@ -46,9 +46,10 @@ def einsum_int8(
         return sum_groups(lambda x, w: dot(x, w, False, jnp.int32), values, row_scale, weight) * scale
 
     def pallas(rows: Array, weight: Array, scale: Array) -> Array:
-        if group is not None:
-            raise NotImplementedError(f"group={group}: the kernel rounds x with one scale a token")
-        return quantized_matmul.tpu(rows, weight, scale[None], qtype="int8", activations="int8")
+        # The kernel rounds x in the groups of the weight's scales: here one scale stands for all groups of an output.
+        groups = 1 if group is None else rows.shape[1] // group
+        scales = jnp.broadcast_to(scale, (groups, scale.size))
+        return quantized_matmul.tpu(rows, weight, scales, qtype="int8", activations="int8")
 
     def xla(*operands: Array) -> Array:
         if group is None or group % 16 == 0:

@@ -10,9 +10,7 @@ from pallas_kernels import chips
 Implementation = Literal["pallas", "xla"]
 
 
-def choose(
-    implementation: Implementation | None, pallas: Callable[..., Any], xla: Callable[..., Any], *operands: Any
-) -> Any:
+def choose(implementation: str | None, pallas: Callable[..., Any], xla: Callable[..., Any], *operands: Any) -> Any:
     """Return `pallas(*operands)` or `xla(*operands)`: the one that is named, or else the best for the target.
 
     The target is a TPU where JAX has one, where the mesh is of one, or under `pallas_kernels.chips.assume`. The kernel

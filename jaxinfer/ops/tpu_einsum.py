@@ -1,6 +1,7 @@
 """Products with quantized weights by the TPU kernel: codes are read from HBM as they are stored."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,10 +10,8 @@ from jaxinfer.ops.quantized import RUN, Packed, Quantized
 from pallas_kernels import quantized_matmul
 
 
-def tpu_product(
-    rows: Float[Array, "M I"], kernel: Quantized, *, first: bool, activations: str | None = None
-) -> Float[Array, "M O"]:
-    """Return `rows @ weight^T` for a weight stored outputs first; `activations="int8"` rounds the rows.
+def tpu_product(rows: Float[Array, "M I"], kernel: Quantized, *, first: bool, **options: Any) -> Float[Array, "M O"]:
+    """Return `rows @ weight^T` for a weight stored outputs first; `options` are the kernel's.
 
     Raises:
         NotImplementedError: the weight lies inputs first, or in a form that the kernel does not read.
@@ -31,7 +30,7 @@ def tpu_product(
         tiles[0],
         offset=tiles[1],
         qtype=kernel.qtype if packed else values.dtype.name,
-        activations=activations,
+        **options,
     )
 
 

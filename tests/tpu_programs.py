@@ -1,0 +1,69 @@
+"""Compile whole programs for a TPU that is not there, and print which kernels they hold."""
+
+import collections
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.transformer import random
+from jaxinfer.passes import PASSES
+from jaxinfer.program import Program
+from pallas_kernels import chips, compat
+
+CONFIG = ModelConfig(
+    family="llama", vocab_size=512, embed_dim=256, mlp_dim=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128,
+    max_context=512, tie_embeddings=False,
+)  # fmt: skip
+PROGRAMS = [
+    ("decode", 1, "bfloat16", ()),
+    ("decode_float32", 1, "float32", ()),
+    ("prefill", 64, "bfloat16", ()),
+    ("decode_kv_int8", 1, "bfloat16", ("kv_int8",)),
+    ("decode_kv_fp8", 1, "bfloat16", ("kv_fp8",)),
+    ("prefill_kv_int8", 64, "bfloat16", ("kv_int8",)),
+    ("decode_int8", 1, "bfloat16", ("int8",)),
+    ("decode_int4", 1, "bfloat16", ("int4",)),
+    ("decode_w8a8", 1, "bfloat16", ("w8a8",)),
+]
+
+
+def kernels(program: Program, tokens: int, chip: str | None) -> dict[str, int]:
+    """Return how often each kernel is called by a step of `tokens` tokens, compiled for a TPU v5e."""
+    one = SingleDeviceSharding(compat.topology_device("v5e:2x2"))
+    model = program.model
+    cache = jax.eval_shape(lambda: model.init_cache(2, 256))
+
+    def step(model, tokens, cache):
+        hidden, cache = model(tokens, cache)
+        return model.logits(hidden), cache
+
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+        (model, jnp.zeros((2, tokens), jnp.int32), cache),
+    )
+    if chip is None:
+        lowered = jax.jit(step).lower(*shapes)
+    else:
+        with chips.assume(chip):
+            lowered = jax.jit(step).lower(*shapes)
+    names = re.findall(r"%(\w+?)(?:\.\d+)* = .*custom_call_target=\"tpu_custom_call\"", lowered.compile().as_text())
+    return dict(collections.Counter(names))
+
+
+def main() -> None:
+    """Print a line a program."""
+    base = {dtype: Program(random(CONFIG, dtype=jnp.dtype(dtype))) for dtype in ("bfloat16", "float32")}
+    for name, tokens, dtype, passes in PROGRAMS:
+        program = base[dtype]
+        for p in passes:
+            program = PASSES[p]()(program)
+        print(json.dumps({"program": name, "kernels": kernels(program, tokens, "v5e")}), flush=True)
+    print(json.dumps({"program": "xla", "kernels": kernels(base["bfloat16"], 1, None)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
