@@ -99,8 +99,11 @@ def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
 
         compiled = jax.jit(call, donate_argnums=1).lower(arrays, given).compile()
     line = {"kernel": args.kernel, "case": args.case, "implementation": args.peer or "pallas", "chip": args.chip}
-    calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", compiled.as_text()))
+    text = compiled.as_text()
+    calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", text))
     line |= {"compile_s": round(time.perf_counter() - start, 2), **_read(Path(args.dump), calls)}
+    used = re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', text)
+    line["vmem_bytes"] = max(map(int, used), default=0)
     line["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
     return line | _estimate(line["cycles"], case, chip)
 

@@ -1,0 +1,139 @@
+"""Time the kernels, each case beside others' kernels for the same work. With no TPU: by static estimates.
+
+    python scripts/bench_kernels.py --tpu-static v5e,v6e [--kernels ...] [--cases ...] [--out kernels.jsonl]
+    python scripts/bench_kernels.py --table kernels.jsonl        the lines of such a run as tables
+    python scripts/bench_kernels.py --budget kernels.jsonl       its cycles as the budget that the tests hold
+
+Prints one JSON line a case, chip and implementation: simulated cycles; the predicted time, which is the larger of the
+simulated time and that of the bytes and products; its share of the bandwidth and of the MXU's peak; VMEM, registers
+spilled, and the share of the cycles that wait for a copy. Needs libtpu: pip install -e ".[test]". A run that was
+stopped goes on where it was, with the same --out.
+"""
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pallas_kernels import chips, static_profile
+from pallas_kernels.kernels import KERNELS, kernel
+
+BUDGET = Path(__file__).resolve().parent.parent / "pallas_kernels" / "budget.json"
+KEY = ("kernel", "case", "chip", "implementation")
+
+
+def jobs(kernels: list[str], names: list[str], cases: list[str] | None, peers: bool) -> list[dict[str, str]]:
+    """Return what is to be measured, as the keys of its lines."""
+    found = []
+    for name in kernels:
+        for case in kernel(name).timed:
+            if cases is not None and case.name not in cases:
+                continue
+            for chip in names:
+                for implementation in ("pallas", *(kernel(name).peers if peers else ())):
+                    found.append({"kernel": name, "case": case.name, "chip": chip, "implementation": implementation})
+    return found
+
+
+def measure(job: dict[str, str]) -> dict[str, Any]:
+    """Return the static estimate of a job."""
+    peer = None if job["implementation"] == "pallas" else job["implementation"]
+    line = static_profile.profile(job["kernel"], job["case"], job["chip"], peer=peer)
+    device = f"none: static estimate for a TPU {job['chip']}, libtpu {static_profile.LIBTPU}"
+    return {**line, "device": device}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file that is there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return the lines as a Markdown table for each chip: a case a row, others' times beside it."""
+    rows = []
+    for chip in dict.fromkeys(line["chip"] for line in lines):
+        rows += [f"**TPU {chip}** (static estimates, no device)", ""]
+        rows += ["| kernel | case | predicted | of HBM | of MXU | exposed DMA | VMEM | others, predicted |"]
+        rows += ["|---|---|---:|---:|---:|---:|---:|---|"]
+        own = [line for line in lines if line["chip"] == chip and line["implementation"] == "pallas"]
+        for line in own:
+            place = (line["kernel"], line["case"])
+            others = [x for x in lines if x["chip"] == chip and (x["kernel"], x["case"]) == place and x is not line]
+            rows.append(_row(line, others))
+        rows.append("")
+    return "\n".join(rows)
+
+
+def _row(line: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    beside = ", ".join(
+        f"{x['implementation']} {_time(x['predicted_us'])} ({x['predicted_us'] / line['predicted_us']:.2f}x)"
+        if "error" not in x
+        else f"{x['implementation']} -"
+        for x in others
+    )
+    if "error" in line:
+        return f"| {line['kernel']} | {line['case']} | {line['error'][:60]} | | | | | {beside} |"
+    return (
+        f"| {line['kernel']} | {line['case']} | {_time(line['predicted_us'])} | {line['bandwidth_share']:.0%} | "
+        f"{line['mxu_share']:.0%} | {line['exposed_dma']:.0%} | {line['vmem_bytes'] / 2**20:.1f} MiB | {beside} |"
+    )
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:.0f} us" if microseconds >= 100 else f"{microseconds:.1f} us"
+
+
+def budget(lines: list[dict[str, Any]]) -> str:
+    """Return the budget file of a run: the cycles of each of our cases."""
+    own = [x for x in lines if x["implementation"] == "pallas" and "error" not in x]
+    entries = sorted(
+        ({k: x[k] for k in ("kernel", "case", "chip", "cycles")} for x in own), key=lambda x: (*x.values(),)
+    )
+    body = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+    return f'{{"libtpu": "{static_profile.LIBTPU}", "cycles": [\n{body}\n]}}\n'
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tpu-static", default=None, metavar="CHIPS", help=f"of {', '.join(chips.CHIPS)}")
+    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--cases", default=None, help="default: every timed case")
+    parser.add_argument("--no-peers", action="store_true", help="our kernels alone")
+    parser.add_argument("--out", type=Path, default=None, help="also write the lines to this file, and go on with it")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--table", type=Path, default=None, help="print the tables of a file of lines")
+    parser.add_argument("--budget", type=Path, default=None, help="make the budget of a file of lines")
+    args = parser.parse_args(argv)
+    if args.table or args.budget:
+        if args.table:
+            print(table(read(args.table)))
+        if args.budget:
+            BUDGET.write_text(budget(read(args.budget)))
+        return
+    if args.tpu_static is None:
+        parser.error("nothing to do: --tpu-static CHIPS, --table FILE or --budget FILE")
+    for name, known in ((args.kernels, KERNELS), (args.tpu_static, chips.CHIPS)):
+        unknown = [x for x in name.split(",") if x not in known]
+        if unknown:
+            parser.error(f"{unknown[0]!r}: must be of {', '.join(known)}")
+    done = {tuple(line[k] for k in KEY) for line in read(args.out)} if args.out else set()
+    cases = args.cases.split(",") if args.cases else None
+    todo = jobs(args.kernels.split(","), args.tpu_static.split(","), cases, not args.no_peers)
+    todo = [job for job in todo if tuple(job[k] for k in KEY) not in done]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for line in tqdm(pool.map(measure, todo), total=len(todo), unit="case", disable=None):
+            print(json.dumps(line), flush=True)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
