@@ -87,14 +87,17 @@ def body(
         found = seen(plan, at, low, slot, length)
         return found if rows == count else jnp.concatenate([found] * (rows // count))
 
+    def live(values, base):
+        """Return values with zeros for slots beyond the row's length: a weight of 0 does not undo a NaN."""
+        slot = base + jax.lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
+        return jnp.where(slot < length, values.astype(jnp.float32), 0).astype(values.dtype)
+
     def attend(buffer, base, masked):
         keys, values = (widen(x[buffer], dtype) for x in buffers[:2])
         k_scale, v_scale = (x[buffer] for x in buffers[2:]) if quantized else (None, None)
-        if masked:
-            column = base + jax.lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
-            values = jnp.where(column < length, values.astype(jnp.float32), 0).astype(dtype)
-            if quantized:
-                v_scale = jnp.where(base + jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1) < length, v_scale, 0)
+        if masked and quantized:
+            values = live(values, base)
+            v_scale = jnp.where(base + jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1) < length, v_scale, 0)
         chunks = [slice(r, r + rows) for r in range(0, R, rows)]
         masks = {}
         scores = product(chunks[0], keys)
@@ -134,6 +137,11 @@ def body(
         buffer = stream.take(row, item)
         block = ranges.block(row, item)
         whole = ranges.whole(row, block)
+        if not quantized:
+
+            @pl.when((block + 1) * slots > length)
+            def _():
+                buffers[1][buffer] = live(buffers[1][buffer], block * slots)
 
         @pl.when(whole)
         def _():
