@@ -99,7 +99,6 @@ def body(
             values = live(values, base)
             v_scale = jnp.where(base + jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1) < length, v_scale, 0)
         chunks = [slice(r, r + rows) for r in range(0, R, rows)]
-        masks = {}
         scores = product(chunks[0], keys)
         for n, chunk in enumerate(chunks):
             # The next product comes before this softmax: the MXU works while the VPU does.
@@ -111,10 +110,8 @@ def body(
             else:
                 scores = (softcap * LOG2E) * jnp.tanh(scores * (scale / softcap))
             if masked:
-                token = chunk.start % queries
-                if token not in masks:
-                    masks[token] = mask(chunk.start, base)
-                scores = jnp.where(masks[token], scores, NOTHING)
+                # Anew for each: a comparison costs less than a mask kept in VMEM.
+                scores = jnp.where(mask(chunk.start, base), scores, NOTHING)
             before = peak_ref[chunk]
             peak = jnp.maximum(before, scores.max(axis=1, keepdims=True))
             weights = jnp.exp2(scores - _wide(peak, slots))

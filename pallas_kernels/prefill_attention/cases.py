@@ -149,8 +149,8 @@ TIMED = [
 def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     """Return blocks to try; a sparse case has its own queries and slots."""
     del chip
-    sizes = [(512, 512)] if "lists" in case.shapes else [(512, 1024), (1024, 1024)]
-    return [{"queries": q, "slots": s, "rows": rows, "buffers": 2} for q, s in sizes for rows in (256, 512)]
+    sizes = [(512, 256), (512, 512)] if "lists" in case.shapes else [(512, 512), (1024, 512)]
+    return [{"queries": queries, "slots": 512, "rows": rows, "buffers": 2} for queries, rows in sizes]
 
 
 KERNEL = Kernel("prefill_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, PEERS)
