@@ -67,3 +67,4 @@ class Kernel:
     candidates: Callable[[Case, str], Sequence[dict[str, int]]]  # blocks worth trying for a case on a chip
     shape_class: Callable[..., dict[str, int | str]]  # (**inputs, **options): the key of the tuned table
     peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)  # others' kernels, same arguments
+    peer_bytes: Mapping[str, Callable[[Case], float]] = dataclasses.field(default_factory=dict)  # where they read more

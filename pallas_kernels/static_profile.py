@@ -9,6 +9,7 @@ a prediction is never below the time that the bytes take. A program with scalars
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -105,7 +106,8 @@ def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
     used = re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', text)
     line["vmem_bytes"] = max(map(int, used), default=0)
     line["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-    return line | _estimate(line["cycles"], case, chip)
+    size = found.peer_bytes[args.peer](case) if args.peer in found.peer_bytes else case.bytes
+    return line | _estimate(line["cycles"], dataclasses.replace(case, bytes=size), chip)
 
 
 def _estimate(cycles: int, case: Any, chip: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8
 from jaxinfer.ops.implementation import choose
 from jaxinfer.ops.online_attention import online_attention
 from jaxinfer.ops.tpu_attention import tpu_attention
-from jaxinfer.ops.tpu_einsum import tpu_product
+from jaxinfer.ops.tpu_einsum import tpu_product, worth
 from jaxinfer.passes.quantization.rounding import round_to_nearest
 from pallas_kernels import chips
 
@@ -125,6 +125,14 @@ def test_products_that_the_kernel_does_not_read():
         packed = round_to_nearest(draw(1, 24, 16), 1, "int4")
         with pytest.raises(NotImplementedError, match="packed rows of 16 entries"):
             einsum("btd,fd->btf", x[..., :16], packed, implementation="pallas")
+
+
+def test_with_many_rows_xla_is_better_unless_the_kernel_is_named():
+    int8, int4 = (round_to_nearest(draw(1, 24, 64), 1, qtype) for qtype in ("int8", "int4"))
+    few, many, most = draw(0, 64, 64), draw(0, 65, 64), draw(0, 257, 64)
+    assert [worth(None, x, int8) for x in (few, many)] == [None, "xla"]
+    assert [worth(None, x, int4) for x in (many, most)] == [None, "xla"]
+    assert worth("pallas", most, int8) == "pallas"
 
 
 def test_integer_products_name_their_implementation_too():

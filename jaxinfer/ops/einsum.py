@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxinfer.ops import cpu_kernels
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize, is_quantized
-from jaxinfer.ops.tpu_einsum import tpu_product
+from jaxinfer.ops.tpu_einsum import tpu_product, worth
 
 _FEW_ROWS = 16  # up to which float x code is faster row by row than after making the weight float
 
@@ -38,6 +38,7 @@ def einsum(
     if is_quantized(kernel):
         first = inputs_first(eq)
         pallas = functools.partial(tpu_product, first=first)
+        implementation = worth(implementation, rows, kernel)
         y = choose(implementation, pallas, lambda x, w: _weight_only(x, w, first).astype(x.dtype), rows, kernel)
     elif implementation == "pallas":
         raise NotImplementedError("implementation='pallas': a product with a float kernel is XLA's")

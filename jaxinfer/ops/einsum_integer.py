@@ -12,7 +12,7 @@ from jaxinfer.ops import cpu_kernels
 from jaxinfer.ops.einsum import dot, flatten, inputs_first, on_cpu
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize
-from jaxinfer.ops.tpu_einsum import tpu_product
+from jaxinfer.ops.tpu_einsum import tpu_product, worth
 from pallas_kernels import quantized_matmul
 
 _FEW_ROWS_OF_INT4 = 32  # up to which integer x of 4-bit codes is faster row by row than after making the weight float
@@ -56,6 +56,7 @@ def einsum_int8(
             return on_cpu(functools.partial(cpu_kernels.int8_matmul, group=group), contract, None, *operands)
         return contract(*operands)
 
+    implementation = worth(implementation, rows, kernel)
     y = choose(implementation, pallas, xla, rows.astype(jnp.float32), weight, scale)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
@@ -95,6 +96,7 @@ def einsum_int4_int8(
     runs = group // RUN
     taken = kernel.scale.dtype in (jnp.float32, jnp.float16) and kernel.shape[-1] % RUN == 0
     most = _FEW_ROWS_OF_INT4 if taken and (runs <= 2 or runs % 4 == 0) else 0
+    implementation = worth(implementation, rows, kernel)
     y = choose(implementation, pallas, lambda *x: on_cpu(native, contract, most, *x), rows.astype(jnp.float32), kernel)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 

@@ -6,8 +6,20 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxinfer.ops.quantized import RUN, Packed, Quantized
+from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, Quantized
 from pallas_kernels import quantized_matmul
+
+_ROWS_OF_BYTES = 64  # XLA multiplies codes of a byte as they lie: at 256 rows in 0.7 to 1.0 of the kernel's time
+_ROWS_OF_FOUR_BITS = 256  # of four bits it writes a float weight to HBM first
+
+
+def worth(implementation: str | None, rows: Float[Array, "M I"], kernel: Quantized) -> str | None:
+    """Return the implementation that is named, or "xla" where it takes less time for this many rows than the kernel.
+
+    By static estimates of 4096 x 4096 weights: with many rows the products take the time, and not the codes' bytes.
+    """
+    most = _ROWS_OF_FOUR_BITS if isinstance(kernel, Packed) and kernel.qtype in FOUR_BIT else _ROWS_OF_BYTES
+    return "xla" if implementation is None and rows.shape[0] > most else implementation
 
 
 def tpu_product(rows: Float[Array, "M I"], kernel: Quantized, *, first: bool, **options: Any) -> Float[Array, "M O"]:

@@ -159,6 +159,14 @@ def _bf16(x, values, scale, **_):
     return jnp.einsum("mi,oi->mo", x.astype(BF16), weight, preferred_element_type=F32).astype(x.dtype)
 
 
+def _bf16_bytes(case: Case) -> float:
+    """Return the bytes of that product."""
+    M, I = case.shapes["x"].shape
+    O = case.shapes["values"].shape[0]
+    return 2.0 * (O * I + M * (I + O))
+
+
 KERNEL = Kernel(
-    "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16}
+    "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
+    {"bf16": _bf16_bytes},
 )  # fmt: skip
