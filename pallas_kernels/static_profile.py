@@ -1,8 +1,9 @@
 """Static estimates of a kernel's time on a TPU, with no TPU: libtpu's own profiler walks the compiled program.
 
-    python -m pallas_kernels.static_profile KERNEL CASE CHIP [--blocks JSON] [--peer NAME]
+    python -m pallas_kernels.static_profile KERNEL CASE,... CHIP [--blocks JSON] [--peer NAME]
 
-prints one JSON line. One case a process: libtpu reads its flags once, and aborts on what its simulator does not know.
+prints one JSON line a case. In a process of its own: libtpu reads its flags once, and aborts on what its simulator does
+not know.
 The simulator follows loops, branches and copies, and knows latencies; it lets concurrent copies share no bandwidth, so
 a prediction is never below the time that the bytes take. A program with scalars that it does not know is refused.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,33 +46,48 @@ def environment(dump: Path | str | None = None) -> dict[str, str]:
     return {**aot.environment(), "LIBTPU_INIT_ARGS": " ".join(flags)}
 
 
-def profile(
+def profile(kernel: str, case: str, chip: str, **options: Any) -> dict[str, Any]:
+    """Return the static estimate of a timed case, made in a process of its own, or `{"error": why}`.
+
+    `options` are those of `profiles`.
+    """
+    return profiles(kernel, [case], chip, **options)[0]
+
+
+def profiles(
     kernel: str,
-    case: str,
+    cases: Sequence[str],
     chip: str,
     *,
     blocks: dict[str, int] | None = None,
     peer: str | None = None,
     timeout: float = 600,
-) -> dict[str, Any]:
-    """Return the static estimate of a timed case, made in a process of its own, or `{"error": why}`."""
+) -> list[dict[str, Any]]:
+    """Return the static estimates of some cases, made one after the other in one process.
+
+    Where libtpu aborts, an error stands for the case that it aborts on and for those after it.
+    """
     with tempfile.TemporaryDirectory() as dump:
-        command = [sys.executable, "-m", "pallas_kernels.static_profile", kernel, case, chip, "--dump", dump]
+        command = [sys.executable, "-m", "pallas_kernels.static_profile", kernel, ",".join(cases), chip, "--dump", dump]
         command += ["--blocks", json.dumps(blocks)] if blocks else []
         command += ["--peer", peer] if peer else []
-        line = {"kernel": kernel, "case": case, "implementation": peer or "pallas", "chip": chip}
         try:
             run = subprocess.run(command, env=environment(dump), capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return {**line, "error": f"no result after {timeout:.0f} s"}
-    for text in run.stdout.splitlines():
-        if text.startswith("{"):
-            return json.loads(text)
-    why = re.findall(r"Check failed: .*|\w*Error: .*|F\d{4} .*\] .*", run.stderr) or [run.stderr[-300:]]
-    return {**line, "error": " ".join(why[-1].split())[:300]}
+            output, log = run.stdout, run.stderr
+        except subprocess.TimeoutExpired as error:
+            output, log = (error.stdout or b"").decode(), f"TimeoutError: no result after {timeout:.0f} s"
+    found = [json.loads(text) for text in output.splitlines() if text.startswith("{")]
+    why = re.findall(r"Check failed: .*|\w*Error: .*|F\d{4} .*\] .*", log) or [log[-300:]]
+    missing = {
+        "kernel": kernel,
+        "implementation": peer or "pallas",
+        "chip": chip,
+        "error": " ".join(why[-1].split())[:300],
+    }
+    return found + [{"case": case, **missing} for case in cases[len(found) :]]
 
 
-def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
+def _profile_here(args: argparse.Namespace, name: str) -> dict[str, Any]:
     import jax
     import numpy as np
     from jax.sharding import SingleDeviceSharding
@@ -79,9 +96,9 @@ def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
     from pallas_kernels.kernels import kernel
 
     found, chip = kernel(args.kernel), chips.CHIPS[args.chip]
-    case = next((c for c in [*found.timed, *found.tests] if c.name == args.case), None)
+    case = next((c for c in [*found.timed, *found.tests] if c.name == name), None)
     if case is None:
-        raise ValueError(f"case={args.case!r}: must be one of {', '.join(c.name for c in found.timed)}")
+        raise ValueError(f"case={name!r}: must be one of {', '.join(c.name for c in found.timed)}")
     run = found.peers[args.peer] if args.peer else found.tpu
     options = dict(case.options) | ({"blocks": json.loads(args.blocks)} if args.blocks else {})
     scalars = {name: x for name, x in case.shapes.items() if isinstance(x, np.ndarray)}
@@ -99,7 +116,7 @@ def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
             return run(**kept, **given, **scalars, **options)
 
         compiled = jax.jit(call, donate_argnums=1).lower(arrays, given).compile()
-    line = {"kernel": args.kernel, "case": args.case, "implementation": args.peer or "pallas", "chip": args.chip}
+    line = {"kernel": args.kernel, "case": name, "implementation": args.peer or "pallas", "chip": args.chip}
     text = compiled.as_text()
     calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", text))
     line |= {"compile_s": round(time.perf_counter() - start, 2), **_read(Path(args.dump), calls)}
@@ -107,6 +124,9 @@ def _profile_here(args: argparse.Namespace) -> dict[str, Any]:
     line["vmem_bytes"] = max(map(int, used), default=0)
     line["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
     size = found.peer_bytes[args.peer](case) if args.peer in found.peer_bytes else case.bytes
+    products = case.flops / (chip.flops_per_cycle * (chip.int8_ratio if case.int8 else 1))
+    if line["cycles"] < products:
+        raise RuntimeError(f"{line['cycles']} cycles: the products take {products:.0f}, so the simulator skipped some")
     return line | _estimate(line["cycles"], dataclasses.replace(case, bytes=size), chip)
 
 
@@ -194,17 +214,22 @@ def main(argv: list[str] | None = None) -> None:
     """Profile one case in this process, and print its line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel")
-    parser.add_argument("case")
+    parser.add_argument("case", help="one or several, with commas between them")
     parser.add_argument("chip")
     parser.add_argument("--blocks", default=None, help="block sizes as JSON; default: the tuned table")
     parser.add_argument("--peer", default=None, help="a peer's kernel instead of ours")
     parser.add_argument("--dump", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    names = args.case.split(",")
     if args.dump is None:
         blocks = json.loads(args.blocks) if args.blocks else None
-        print(json.dumps(profile(args.kernel, args.case, args.chip, blocks=blocks, peer=args.peer)))
-    else:
-        print(json.dumps(_profile_here(args)))
+        for line in profiles(args.kernel, names, args.chip, blocks=blocks, peer=args.peer):
+            print(json.dumps(line))
+        return
+    for name in names:
+        for path in Path(args.dump).glob("*"):  # of the case before
+            path.unlink()
+        print(json.dumps(_profile_here(args, name)), flush=True)
 
 
 if __name__ == "__main__":

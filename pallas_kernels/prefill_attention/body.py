@@ -92,13 +92,16 @@ def body(
         slot = base + jax.lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
         return jnp.where(slot < length, values.astype(jnp.float32), 0).astype(values.dtype)
 
-    def attend(buffer, base, masked):
+    every = [slice(r, r + rows) for r in range(0, R, rows)]
+    later = [chunk for chunk in every if chunk.start % queries >= queries // 2]
+    halves = rows <= queries // 2 and queries // 2 % rows == 0
+
+    def attend(buffer, base, masked, chunks):
         keys, values = (widen(x[buffer], dtype) for x in buffers[:2])
         k_scale, v_scale = (x[buffer] for x in buffers[2:]) if quantized else (None, None)
         if masked and quantized:
             values = live(values, base)
             v_scale = jnp.where(base + jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1) < length, v_scale, 0)
-        chunks = [slice(r, r + rows) for r in range(0, R, rows)]
         scores = product(chunks[0], keys)
         for n, chunk in enumerate(chunks):
             # The next product comes before this softmax: the MXU works while the VPU does.
@@ -140,13 +143,23 @@ def body(
             def _():
                 buffers[1][buffer] = live(buffers[1][buffer], block * slots)
 
+        base = block * slots
+        # On the diagonal the first half of the queries may come before all slots of a block.
+        half = jnp.logical_not(whole) & (base >= position + queries // 2) if halves else jnp.bool_(False)
+
         @pl.when(whole)
         def _():
-            attend(buffer, block * slots, masked=False)
+            attend(buffer, base, False, every)
 
-        @pl.when(jnp.logical_not(whole))
+        @pl.when(jnp.logical_not(whole | half))
         def _():
-            attend(buffer, block * slots, masked=True)
+            attend(buffer, base, True, every)
+
+        if halves:
+
+            @pl.when(half)
+            def _():
+                attend(buffer, base, True, later)
 
         return 0
 

@@ -82,13 +82,15 @@ def _spoil(inputs: dict[str, Any]) -> dict[str, Any]:
 def random_lists(
     B: int, X: int, T: int, S: int, block: tuple[int, int], density: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts and lists of a share of the blocks up to the diagonal, always with the diagonal's."""
+    """Return counts and lists of a share of the blocks up to the diagonal, with the last one of every row."""
     rng = np.random.default_rng(seed)
     Tq, Sk = -(-T // block[0]), -(-S // block[1])
     counts, lists = np.zeros((B, X, Tq), np.int32), np.zeros((B, X, Tq, Sk), np.int32)
+    ends = np.minimum(-(-(np.arange(Tq) + 1) * block[0] // block[1]), Sk)  # blocks up to the diagonal
+    total = np.maximum(np.round(density * ends.cumsum()).astype(int), np.arange(Tq) + 1)
+    wanted = np.diff(total, prepend=0)
     for at in np.ndindex(B, X, Tq):
-        last = min(((at[2] + 1) * block[0] - 1) // block[1], Sk - 1)
-        count = max(1, round(density * (last + 1)))
+        count, last = min(wanted[at[2]], ends[at[2]]), ends[at[2]] - 1
         counts[at] = count
         lists[(*at, slice(count))] = np.sort(np.append(rng.choice(max(last, 1), count - 1, replace=False), last))
     return counts, lists
@@ -132,17 +134,25 @@ def _real(name: str, G: int, T: int, S: int, pairs: float, **options: Any) -> Ca
     return case(name, 1, T, 1, G, S, 128, pairs=pairs, **options)
 
 
-_4K, _8K = 4096 * 4097 / 2, 8192 * 8193 / 2  # pairs of causal attention
-_LISTS = random_lists(1, 1, 8192, 8192, (512, 512), 0.25)
+def _sparse(name: str, block: tuple[int, int]) -> Case:
+    """Return a quarter of the blocks of causal attention over 8192 tokens."""
+    lists = random_lists(1, 1, 8192, 8192, block, 0.25)
+    pairs = 0.0
+    for i, count in enumerate(lists[0][0, 0]):
+        slots = (lists[1][0, 0, i, :count, None] * block[1] + np.arange(block[1])).ravel()
+        pairs += sum((slots <= token).sum() for token in range(i * block[0], (i + 1) * block[0]))
+    return _real(name, 1, 8192, 8192, pairs, sparse=lists, sparse_block=block)
 
+
+_4K, _8K = 4096 * 4097 / 2, 8192 * 8193 / 2  # pairs of causal attention
 TIMED = [
     _real("g1_s8192", 1, 8192, 8192, _8K),
     _real("g4_s4096", 4, 4096, 4096, _4K),
     _real("g4_t512_s8192", 4, 512, 8192, 512 * 7680 + 512 * 513 / 2, position=[7680]),
     _real("g4_s4096_window", 4, 4096, 4096, 1024 * 1025 / 2 + 3072 * 1024, window=1024),
     _real("g4_s4096_int8", 4, 4096, 4096, _4K, cache=jnp.int8),
-    _real("g1_s8192_sparse", 1, 8192, 8192, float(_LISTS[0].sum()) * 512**2 - 16 * 512 * 511 / 2, sparse=_LISTS,
-          sparse_block=(512, 512)),
+    _sparse("g1_s8192_sparse", (512, 512)),
+    _sparse("g1_s8192_sparse_1024", (1024, 512)),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What each block of queries has to read: a few scalars a block, computed before the kernel starts."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ class Plan:
 class Ranges:
     """A plan inside the kernel. A row of it is a block of queries of one head: `(b * heads + head) * blocks + i`."""
 
-    def __init__(self, plan: Plan, refs: list[Any]):
+    def __init__(self, plan: Plan, refs: Sequence[Any]):
         refs = list(refs)
         self.plan = plan
         self.position, self.length, self.first, self.count, self.apart, self.low, self.high = refs[:7]
