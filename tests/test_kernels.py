@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from kernel_cases import ALL, case_of, check
 
 from jaxinfer.ops.attention import attention
-from pallas_kernels import calls, chips, decode_attention, tuning
+from pallas_kernels import calls, chips, decode_attention, prefill_attention, quantized_matmul, tuning
 from pallas_kernels.decode_attention.cases import case as decode_case
 from pallas_kernels.kernels import KERNELS, kernel
 from pallas_kernels.paged_decode_attention.cases import case as paged_case
+from pallas_kernels.prefill_attention.cases import case as prefill_case
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 
@@ -84,6 +85,21 @@ def test_paged_decode_attention_at_any_size(page, pages, append, lengths, **shap
     check(kernel("paged_decode_attention"), case, interpret=True)
 
 
+@settings(max_examples=12, deadline=None)
+@given(T=st.sampled_from([9, 60, 63, 130]), past=st.sampled_from([0, 1, 100]), K=st.integers(1, 2),
+       G=st.sampled_from([1, 2, 3, 4, 8]), H=st.sampled_from([16, 60, 63, 64, 80, 128]),
+       window=st.sampled_from([None, 1, 17, 300]), sinks=st.integers(0, 3), softcap=st.sampled_from([None, 3.0]),
+       queries=st.sampled_from([16, 32, 64]), rows=st.sampled_from([16, 32, 128]))  # fmt: skip
+def test_prefill_attention_at_any_size(T, past, K, G, H, window, sinks, softcap, queries, rows):
+    lengths = [past + T, max(0, past + T - 7)]
+    options = dict(window=window, sinks=sinks if window else 0, softcap=softcap, return_lse=True)
+    blocks = {"queries": queries, "slots": 128, "rows": rows, "buffers": 2}
+    case = prefill_case(
+        "any", 2, T, K, G, 256, H, dtype=jnp.float32, position=[past, past], length=lengths, blocks=blocks, **options
+    )
+    check(kernel("prefill_attention"), case, interpret=True)
+
+
 def test_the_bounds_are_four_times_what_xla_is_off_by():
     for dtype, bound in BOUNDS.items():
         worst = 0.0
@@ -122,6 +138,42 @@ def test_a_kernel_says_what_it_can_not_do():
         )
     with pytest.raises(ValueError, match="position and tree"):
         decode_attention.tpu(q, k, k, length, scale=1.0, position=length, tree=jnp.ones((1, 1), bool))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(starts=np.array([[0, 9]]), position=np.array([1])), ValueError, "S=128 must be T=130, with no position"),
+        (dict(sinks=2), ValueError, "sinks=2: they are what is seen beyond a window"),
+        (dict(counts=np.ones((1, 1, 2), int)), ValueError, "counts, lists and sparse_block: all or none"),
+        (dict(k_scale=jnp.ones((1, 1, 128))), ValueError, "k_scale and v_scale: both or none"),
+        (dict(sparse_block=(8, 128)), NotImplementedError, r"sparse_block=\(8, 128\): must be multiples of 16"),
+        (dict(sparse_block=(16, 128)), ValueError, r"lists \(1, 1, 2, 1\): must be"),
+    ],
+)
+def test_prefill_attention_says_what_it_can_not_do(options, error, message):
+    q, k = jnp.zeros((1, 130, 1, 64)), jnp.zeros((1, 1, 128, 64))
+    if "sparse_block" in options:
+        options = options | dict(counts=np.ones((1, 1, 2), np.int32), lists=np.zeros((1, 1, 2, 1), np.int32))
+    with pytest.raises(error, match=message):
+        prefill_attention.tpu(q, k, k, scale=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(qtype="int3"), NotImplementedError, "qtype='int3': must be one of"),
+        (dict(x=jnp.ones((1, 64), jnp.float16)), NotImplementedError, "x of float16: must be float32 or bfloat16"),
+        (dict(activations="int4"), NotImplementedError, "activations='int4': must be None or 'int8'"),
+        (dict(x=jnp.ones((1, 32))), ValueError, r"values \(8, 64\) of int8: hold 64 inputs an output, and x has 32"),
+        (dict(qtype="float8_e4m3fn"), ValueError, "values of int8: those of float8_e4m3fn are"),
+        (dict(scale=jnp.ones((1, 4))), ValueError, r"scale \(1, 4\): must be \[G, 8\]"),
+    ],
+)
+def test_a_quantized_product_says_what_it_can_not_do(changes, error, message):
+    given = dict(x=jnp.ones((1, 64)), values=jnp.ones((8, 64), jnp.int8), scale=jnp.ones((1, 8)), qtype="int8")
+    with pytest.raises(error, match=message):
+        quantized_matmul.tpu(**{**given, **changes})
 
 
 def test_an_unknown_chip_or_kernel_is_told():

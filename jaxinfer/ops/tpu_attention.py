@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import decode_attention
+from pallas_kernels.prefill_attention import gradient
 
 DECODE_TOKENS = 8  # new tokens of a row up to which the cache's bytes, not the products, take the time
 
@@ -30,9 +31,7 @@ def tpu_attention(
     length = positions.max(axis=1) + 1
     if k.dtype == jnp.uint8:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.float8_e4m3fn) for x in (k, v))
-    from pallas_kernels import prefill_attention
-
     few = q.shape[1] <= DECODE_TOKENS
-    attend = decode_attention.tpu if few else prefill_attention.tpu
+    attend = decode_attention.tpu if few else gradient.prefill_attention
     attend = functools.partial(attend, length=length, position=positions[:, 0], **options)
     return attend(q, k, v, k_scale=k_scale, v_scale=v_scale)
