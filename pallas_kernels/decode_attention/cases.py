@@ -23,6 +23,7 @@ def case(
     *,
     dtype: Any = jnp.bfloat16,
     cache: Any = None,
+    scales: Any = jnp.float32,
     start: list[int] | None = None,
     position: list[int] | None = None,
     tree: np.ndarray | None = None,
@@ -39,7 +40,7 @@ def case(
         "length": np.array(length, np.int32),
     }
     if cache is not None:
-        shapes |= {name: struct((B, K, S), jnp.float32) for name in ("k_scale", "v_scale")}
+        shapes |= {name: struct((B, K, S), scales) for name in ("k_scale", "v_scale")}
     for key, value in (("start", start), ("position", position)):
         if value is not None:
             shapes[key] = np.array(value, np.int32)
@@ -110,7 +111,8 @@ TESTS = [
     case("head_by_head", 2, 1, 4, 2, 128, 64, [100, 128], dtype=F32, blocks={"heads": 1, "buffers": 2}),
     case("bf16", 2, 1, 2, 8, 512, 128, [512, 130]),
     case("int8", 2, 2, 2, 4, 512, 128, [512, 130], cache=jnp.int8),
-    case("fp8", 2, 2, 2, 4, 512, 128, [512, 130], cache=jnp.float8_e4m3fn),
+    case("fp8", 2, 2, 2, 4, 512, 128, [512, 130], cache=jnp.float8_e4m3fn, scales=jnp.bfloat16),
+    case("int8_heads", 2, 1, 4, 2, 256, 128, [256, 130], cache=jnp.int8, scales=jnp.bfloat16, blocks={"heads": 4}),
 ]
 
 

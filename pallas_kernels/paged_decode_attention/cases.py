@@ -27,6 +27,7 @@ def case(
     *,
     dtype: Any = jnp.bfloat16,
     cache: Any = None,
+    scales: Any = F32,
     append: bool = True,
     start: list[int] | None = None,
     most: int | None = None,
@@ -47,11 +48,11 @@ def case(
         "length": np.array(length, np.int32),
     }
     if cache is not None:
-        shapes |= {name: struct((P, K, page), F32) for name in ("k_scale", "v_scale")}
+        shapes |= {name: struct((P, K, page), scales) for name in ("k_scale", "v_scale")}
     if append:
         shapes["new"] = {name: struct((B, T, K, H), stored) for name in "kv"}
         if cache is not None:
-            shapes["new"] |= {name: struct((B, T, K), F32) for name in ("k_scale", "v_scale")}
+            shapes["new"] |= {name: struct((B, T, K), scales) for name in ("k_scale", "v_scale")}
     if start is not None:
         shapes["start"] = np.array(start, np.int32)
     live = sum(n - s for n, s in zip(length, start or [0] * B, strict=True))
@@ -102,7 +103,7 @@ TESTS = [
     case("splits", 3, 1, 2, 2, 16, 64, [128, 31, 0], dtype=F32, return_lse=True, blocks={"splits": 2}),
     case("bf16", 2, 2, 2, 8, 32, 128, [130, 65]),
     case("int8", 2, 2, 2, 4, 64, 128, [130, 65], cache=jnp.int8),
-    case("fp8", 2, 1, 2, 4, 32, 128, [130, 65], cache=jnp.float8_e4m3fn),
+    case("fp8", 2, 1, 2, 4, 32, 128, [130, 65], cache=jnp.float8_e4m3fn, scales=jnp.bfloat16),
 ]
 
 

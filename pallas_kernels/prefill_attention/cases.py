@@ -25,6 +25,7 @@ def case(
     *,
     dtype: Any = jnp.bfloat16,
     cache: Any = None,
+    scales: Any = jnp.float32,
     position: list[int] | None = None,
     length: list[int] | None = None,
     starts: list[list[int]] | None = None,
@@ -45,7 +46,7 @@ def case(
         "v": struct((B, K, S, H), stored),
     }
     if cache is not None:
-        shapes |= {name: struct((B, K, S), jnp.float32) for name in ("k_scale", "v_scale")}
+        shapes |= {name: struct((B, K, S), scales) for name in ("k_scale", "v_scale")}
     for key, value in (("position", position), ("length", length), ("starts", starts)):
         if value is not None:
             shapes[key] = np.array(value, np.int32)
@@ -125,7 +126,8 @@ TESTS = [
          sparse=_some_empty(random_lists(1, 4, 130, 384, (32, 128), 0.6, 1)), **_SPARSE),
     case("bf16", 2, 200, 2, 4, 256, 128, position=[0, 50], length=[200, 250], blocks={"queries": 64, "rows": 128}),
     case("int8", 1, 130, 2, 4, 256, 128, cache=jnp.int8, length=[120]),
-    case("fp8", 1, 130, 2, 4, 256, 128, cache=jnp.float8_e4m3fn, position=[60], length=[190]),
+    case("fp8", 1, 130, 2, 4, 256, 128, cache=jnp.float8_e4m3fn, scales=jnp.bfloat16, position=[60],
+         length=[190]),
 ]  # fmt: skip
 
 

@@ -78,8 +78,11 @@ def prefill_attention(
     padding = round_up(S, slots) - S
     arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) if padding else x for x in (k, v)]
     if k_scale is not None:
-        # One row a key head: a copy of some slots is then whole lanes.
-        arrays += [jnp.pad(x.reshape(B, K, 1, S), ((0, 0),) * 3 + ((0, padding),)) for x in (k_scale, v_scale)]
+        # One row a key head: a copy of some slots is then whole lanes; float32, of which a row is whole words.
+        arrays += [
+            jnp.pad(x.astype(jnp.float32).reshape(B, K, 1, S), ((0, 0),) * 3 + ((0, padding),))
+            for x in (k_scale, v_scale)
+        ]
 
     shapes = [jax.ShapeDtypeStruct(grouped.shape, q.dtype)]
     block = pl.BlockSpec((1, 1, R, H), lambda b, x, i: (b, x, i, 0))
