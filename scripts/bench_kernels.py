@@ -1,7 +1,7 @@
 """Time the kernels, each case beside others' kernels for the same work. With no TPU: by static estimates.
 
     python scripts/bench_kernels.py --tpu-static v5e,v6e [--kernels ...] [--cases ...] [--out kernels.jsonl]
-    python scripts/bench_kernels.py --table kernels.jsonl        the lines of such a run as tables
+    python scripts/bench_kernels.py --table kernels.jsonl [--cases ...]   the lines of such a run as tables
     python scripts/bench_kernels.py --budget kernels.jsonl       its cycles as the budget that the tests hold
 
 Prints one JSON line a case, chip and implementation: simulated cycles; the predicted time, which is the larger of the
@@ -71,11 +71,11 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def _row(line: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    # What the simulator can't follow, or the peer can't do, is left out; the lines say why.
+    able = [x for x in others if "error" not in x and "error" not in line]
     beside = ", ".join(
         f"{x['implementation']} {_time(x['predicted_us'])} ({x['predicted_us'] / line['predicted_us']:.2f}x)"
-        if "error" not in x
-        else f"{x['implementation']} -"
-        for x in others
+        for x in able
     )
     if "error" in line:
         return f"| {line['kernel']} | {line['case']} | {line['error'][:60]} | | | | | {beside} |"
@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.table or args.budget:
         if args.table:
-            print(table(read(args.table)))
+            lines = read(args.table)
+            print(table([x for x in lines if args.cases is None or x["case"] in args.cases.split(",")]))
         if args.budget:
             BUDGET.write_text(budget(read(args.budget)))
         return
