@@ -37,6 +37,10 @@ def test_a_kernel_has_cases_a_table_and_a_reference_that_tells_inputs_apart(name
     assert len({c.name for c in [*found.tests, *found.timed]}) == len(found.tests) + len(found.timed)
     tuned = {(entry["chip"], entry["case"]) for entry in tuning.table(name)}
     assert tuned == {(chip, case.name) for chip in ("v5e", "v6e") for case in found.timed}
+    for entry in tuning.table(name):  # a case is run with the blocks that were found for it
+        assert tuning.blocks(name, entry["chip"], entry["class"]) == entry["blocks"]
+        case = next(c for c in found.timed if c.name == entry["case"])
+        assert found.shape_class(**case.shapes, **case.options) == entry["class"]
     case = found.tests[0]
     inputs = [jax.tree.map(jnp.asarray, case.inputs(seed)) for seed in (0, 1)]
     one, other = (np.asarray(_first(found.reference(**x, **case.options)), np.float32) for x in inputs)
@@ -186,7 +190,7 @@ def test_an_unknown_chip_or_kernel_is_told():
 
 
 def test_the_table_gives_the_nearest_entry():
-    shape = {"bits": 16, "K": 8, "S": 30_000, "H": 128}
+    shape = {"form": "float", "bits": 16, "K": 8, "S": 30_000, "H": 128, "window": 30_000}
     entry = next(e for e in tuning.table("decode_attention") if (e["chip"], e["class"]["S"]) == ("v6e", 32768))
     assert tuning.blocks("decode_attention", "v6e", shape) == entry["blocks"]
     assert tuning.blocks("decode_attention", "tpu7x", shape)  # not tuned: another chip's

@@ -46,7 +46,9 @@ def case(
             shapes[key] = np.array(value, np.int32)
     if tree is not None:
         options["tree"] = tree
-    live = sum(min(n, S) - min(s, n) for n, s in zip(length, start or [0] * B, strict=True))
+    reach = options.get("window") or S
+    reach += T - 1 + options.get("sinks", 0)
+    live = sum(min(n - s, reach) for n, s in zip(length, start or [0] * B, strict=True))
     size = jnp.dtype(stored).itemsize
     return Case(
         name,

@@ -1,6 +1,7 @@
 """Decode attention on TPU over a dense cache."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -41,7 +42,9 @@ def decode_attention(
     _, K, S, H = k.shape
     chip = chips.current()
     chosen = blocks or tuning.fitting(
-        tuning.blocks("decode_attention", chip.name, shape_class(q, k)), 2 * min(K, 8) * H * k.dtype.itemsize, chip
+        tuning.blocks("decode_attention", chip.name, shape_class(q, k, window=window)),
+        2 * min(K, 8) * H * k.dtype.itemsize,
+        chip,
     )
     tile = 128 if k_scale is not None else 16 if k.dtype.itemsize == 2 else 32
     store = Dense(
@@ -55,9 +58,16 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def shape_class(q: Array, k: Array, *_, **__) -> dict[str, int | str]:
-    """Return the key of the tuned table: the cache's bits and shape."""
-    return {"bits": 8 * jnp.dtype(k.dtype).itemsize, "K": k.shape[1], "S": k.shape[2], "H": k.shape[3]}
+def shape_class(q: Any, k: Any, *_, window: int | None = None, **__) -> dict[str, int | str]:
+    """Return the key of the tuned table: what the cache's numbers are, its shape, and the window."""
+    _, K, S, H = k.shape
+    return {**numbers(k), "K": K, "S": S, "H": H, "window": min(window or S, S)}
+
+
+def numbers(x: Any) -> dict[str, int | str]:
+    """Return what an array's numbers are: their form and their bits."""
+    form = "integer" if jnp.issubdtype(x.dtype, jnp.integer) else "float"
+    return {"form": form, "bits": 8 * jnp.dtype(x.dtype).itemsize}
 
 
 def fit_block(slots: int, S: int, tile: int) -> int:

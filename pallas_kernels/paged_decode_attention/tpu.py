@@ -16,6 +16,7 @@ from pallas_kernels import chips, compat, tuning
 from pallas_kernels.calls import Interpret, Known, div, rem
 from pallas_kernels.decode_attention import products
 from pallas_kernels.decode_attention.rows import attend_rows
+from pallas_kernels.decode_attention.tpu import numbers
 
 
 def paged_decode_attention(
@@ -72,10 +73,10 @@ def paged_decode_attention(
     return found[0] if len(found) == 1 else found
 
 
-def shape_class(q: Array, k_pages: Array, *_, **__) -> dict[str, int | str]:
-    """Return the key of the tuned table: the pages' bits and shape."""
+def shape_class(q: Any, k_pages: Any, *_, **__) -> dict[str, int | str]:
+    """Return the key of the tuned table: what the pages' numbers are, and their shape."""
     _, K, page, H = k_pages.shape
-    return {"bits": 8 * k_pages.dtype.itemsize, "K": K, "page": page, "H": H}
+    return {**numbers(k_pages), "K": K, "page": page, "H": H}
 
 
 class Paged:

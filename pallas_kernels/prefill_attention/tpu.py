@@ -1,6 +1,7 @@
 """Prefill attention on TPU over a dense cache."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,9 @@ def prefill_attention(
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
     _check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
-    chosen = blocks or tuning.blocks("prefill_attention", chips.current().name, shape_class(q, k, lists=lists))
+    chosen = blocks or tuning.blocks(
+        "prefill_attention", chips.current().name, shape_class(q, k, lists=lists, window=window)
+    )
     heads = K if lists is None else lists.shape[1]
     G = N // heads
     if sparse_block is None:
@@ -120,8 +123,8 @@ def prefill_attention(
     return (ungroup(found[0]), ungroup(found[1])[..., 0]) if return_lse else ungroup(found[0])
 
 
-def shape_class(q: Array, k: Array, *_, lists: Known | None = None, **__) -> dict[str, int | str]:
-    """Return the key of the tuned table: the cache's bits, the query heads of a key head, the tokens and the slots."""
+def shape_class(q: Any, k: Any, *_, lists: Any = None, window: int | None = None, **__) -> dict[str, int | str]:
+    """Return the key of the tuned table: the cache's bits, the query heads of a key head, tokens, slots and window."""
     return {
         "form": "dense" if lists is None else "sparse",
         "bits": 8 * jnp.dtype(k.dtype).itemsize,
@@ -129,6 +132,7 @@ def shape_class(q: Array, k: Array, *_, lists: Known | None = None, **__) -> dic
         "T": q.shape[1],
         "S": k.shape[2],
         "H": k.shape[3],
+        "window": min(window or k.shape[2], k.shape[2]),
     }
 
 

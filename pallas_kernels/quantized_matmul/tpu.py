@@ -8,6 +8,7 @@ one row for each group, zero outside it, so that each group's sum comes out apar
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def quantized_matmul(
 
 
 def shape_class(
-    x: Array, values: Array, scale: Array, *, qtype: str, activations: str | None = None, **_
+    x: Any, values: Any, scale: Any, *, qtype: str, activations: str | None = None, **_
 ) -> dict[str, int | str]:
     """Return the key of the tuned table: the form, inputs a group, rows, inputs and outputs."""
     form = f"{qtype}_{activations or jnp.dtype(x.dtype).name}"
