@@ -1,7 +1,7 @@
 """Time the kernels, each case beside others' kernels for the same work. With no TPU: by static estimates.
 
     python scripts/bench_kernels.py --tpu-static v5e,v6e [--kernels ...] [--cases ...] [--out kernels.jsonl]
-    python scripts/bench_kernels.py --table kernels.jsonl [--cases ...]   the lines of such a run as tables
+    python scripts/bench_kernels.py --table kernels.jsonl [--cases ...]   the lines of such a run as a table
     python scripts/bench_kernels.py --budget kernels.jsonl       its cycles as the budget that the tests hold
 
 Prints one JSON line a case, chip and implementation: simulated cycles; the predicted time, which is the larger of the
@@ -55,34 +55,31 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Return the lines as a Markdown table for each chip: a case a row, others' times beside it."""
-    rows = []
-    for chip in dict.fromkeys(line["chip"] for line in lines):
-        rows += [f"**TPU {chip}** (static estimates, no device)", ""]
-        rows += ["| kernel | case | predicted | of HBM | of MXU | exposed DMA | VMEM | others, predicted |"]
-        rows += ["|---|---|---:|---:|---:|---:|---:|---|"]
-        own = [line for line in lines if line["chip"] == chip and line["implementation"] == "pallas"]
-        for line in own:
-            place = (line["kernel"], line["case"])
-            others = [x for x in lines if x["chip"] == chip and (x["kernel"], x["case"]) == place and x is not line]
-            rows.append(_row(line, others))
-        rows.append("")
+    """Return the lines as a Markdown table: a case a row; times, shares of the nearest limit, and others' times."""
+    names = list(dict.fromkeys(line["chip"] for line in lines))
+    rows = [f"| kernel | case | {' | '.join(f'{name} | others' for name in names)} |"]
+    rows += ["|---|---|" + "---:|---|" * len(names)]
+    for place in dict.fromkeys((line["kernel"], line["case"]) for line in lines):
+        cells = []
+        for name in names:
+            here = [x for x in lines if (x["kernel"], x["case"]) == place and x["chip"] == name]
+            own = next(x for x in here if x["implementation"] == "pallas")
+            cells += [_own(own), _others(own, [x for x in here if x is not own])]
+        rows.append(f"| {' | '.join([*place, *cells])} |")
     return "\n".join(rows)
 
 
-def _row(line: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    # What the simulator can't follow, or the peer can't do, is left out; the lines say why.
-    able = [x for x in others if "error" not in x and "error" not in line]
-    beside = ", ".join(
-        f"{x['implementation']} {_time(x['predicted_us'])} ({x['predicted_us'] / line['predicted_us']:.2f}x)"
-        for x in able
-    )
+def _own(line: dict[str, Any]) -> str:
     if "error" in line:
-        return f"| {line['kernel']} | {line['case']} | {line['error'][:60]} | | | | | {beside} |"
-    return (
-        f"| {line['kernel']} | {line['case']} | {_time(line['predicted_us'])} | {line['bandwidth_share']:.0%} | "
-        f"{line['mxu_share']:.0%} | {line['exposed_dma']:.0%} | {line['vmem_bytes'] / 2**20:.1f} MiB | {beside} |"
-    )
+        return line["error"][:60]
+    share, limit = max((line["bandwidth_share"], "HBM"), (line["mxu_share"], "MXU"))
+    return f"{_time(line['predicted_us'])}, {share:.0%} {limit}"
+
+
+def _others(own: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    # What the simulator can't follow, or the peer can't do, is left out; the lines say why.
+    able = [x for x in others if "error" not in x and "error" not in own]
+    return ", ".join(f"{x['implementation']} {x['predicted_us'] / own['predicted_us']:.2f}x" for x in able)
 
 
 def _time(microseconds: float) -> str:
@@ -108,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-peers", action="store_true", help="our kernels alone")
     parser.add_argument("--out", type=Path, default=None, help="also write the lines to this file, and go on with it")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--table", type=Path, default=None, help="print the tables of a file of lines")
+    parser.add_argument("--table", type=Path, default=None, help="print the table of a file of lines")
     parser.add_argument("--budget", type=Path, default=None, help="make the budget of a file of lines")
     args = parser.parse_args(argv)
     if args.table or args.budget:

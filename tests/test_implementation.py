@@ -133,6 +133,8 @@ def test_with_many_rows_xla_is_better_unless_the_kernel_is_named():
     assert [worth(None, x, int8) for x in (few, many)] == [None, "xla"]
     assert [worth(None, x, int4) for x in (many, most)] == [None, "xla"]
     assert worth("pallas", most, int8) == "pallas"
+    fp8 = QArray(jnp.ones((24, 64), jnp.float8_e4m3fn), jnp.ones((24, 1)))
+    assert worth(None, few, fp8) == "xla"
 
 
 def test_integer_products_name_their_implementation_too():

@@ -18,7 +18,10 @@ def worth(implementation: str | None, rows: Float[Array, "M I"], kernel: Quantiz
 
     By static estimates of 4096 x 4096 weights: with many rows the products take the time, and not the codes' bytes.
     """
-    most = _ROWS_OF_FOUR_BITS if isinstance(kernel, Packed) and kernel.qtype in FOUR_BIT else _ROWS_OF_BYTES
+    if isinstance(kernel, Packed):
+        most = _ROWS_OF_FOUR_BITS if kernel.qtype in FOUR_BIT else _ROWS_OF_BYTES
+    else:
+        most = _ROWS_OF_BYTES if kernel.qvalue.dtype == jnp.int8 else 0  # XLA widens fp8 in 0.85 to 0.93 of its time
     return "xla" if implementation is None and rows.shape[0] > most else implementation
 
 
