@@ -61,7 +61,7 @@ def profiles(
     *,
     blocks: dict[str, int] | None = None,
     peer: str | None = None,
-    timeout: float = 600,
+    timeout: float | int = 600,
 ) -> list[dict[str, Any]]:
     """Return the static estimates of some cases, made one after the other in one process.
 

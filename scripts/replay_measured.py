@@ -1,0 +1,198 @@
+"""What a static estimate is worth: kernels whose times on a TPU are published, through the same simulator.
+
+    pip install --no-deps --target PEER tokamax immutabledict einshape typeguard==2.13.3 pydantic pydantic-core \\
+        annotated-types typing-inspection absl-py
+    python scripts/replay_measured.py --tokamax PEER [--rows 4096] [--out replay.jsonl]
+
+tokamax ships the times of its grouped matrix product (`ragged_dot`) on a TPU v5e, with the tile sizes that it found.
+Each is compiled and simulated with those tiles and the first groups that fill `--rows` rows (a whole one is too long to
+simulate), and scaled by the products. Prints a JSON line an entry, and the distribution of predicted over measured
+times. The product never imports tokamax.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pallas_kernels import chips, compat, static_profile
+
+DATA = "tokamax/data/autotuning/tpu_v5_lite/pallas_mosaic_tpu_ragged_dot.json"
+KERNEL = "tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel"
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """Return the measured products that the kernel's forward form makes, without a second output."""
+    found = []
+    for spec, configs in json.loads((folder / DATA).read_text()).items():
+        spec = json.loads(spec)
+        contracted = spec["ragged_dot_dimension_numbers"]["dot_dimension_numbers"][0]
+        if spec["return_residuals"] or contracted not in ([[1], [1]], [[1], [2]]):
+            continue
+        for config, timing in configs.items():
+            shapes = {x: [int(n) for n in re.findall(r"\d+", spec[x].split("[")[1])] for x in ("lhs", "rhs")}
+            measured = 1e3 * statistics.median(timing["evaluation_times_ms"])
+            found.append(
+                {**shapes, "groups": spec["group_sizes"], "turned": contracted[1] == [2], "measured_us": measured}
+                | {"config": json.loads(config)}
+            )
+    return found
+
+
+def simulate(entry: dict[str, Any], rows: int, dump: str) -> dict[str, Any]:
+    """Return the line of an entry, simulated in this process."""
+    import importlib
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import SingleDeviceSharding
+
+    kernel = importlib.import_module(KERNEL)
+    total, inner = entry["lhs"]
+    count, used = 0, 0
+    while count < len(entry["groups"]) and (count == 0 or used + entry["groups"][count] <= rows):
+        used += entry["groups"][count]
+        count += 1
+    sizes = np.array(entry["groups"][:count], np.int32)
+    config, chip = entry["config"], chips.CHIPS["v5e"]
+    tile = config["tile_m"]
+    padded = -(-used // tile) * tile
+    outputs = entry["rhs"][1] if entry["turned"] else entry["rhs"][2]
+    one = SingleDeviceSharding(compat.topology_device(chip.topology))
+    lhs = jax.ShapeDtypeStruct((padded, inner), jnp.bfloat16, sharding=one)
+    rhs = jax.ShapeDtypeStruct((count, *entry["rhs"][1:]), jnp.bfloat16, sharding=one)
+    plan = kernel.make_group_metadata
+
+    def known(**given: Any) -> Any:
+        with jax.ensure_compile_time_eval():
+            found = plan(**{**given, "group_sizes": jnp.asarray(sizes), "start_group": jnp.int32(0)})
+            return jax.tree.map(np.asarray, found[0]), int(found[1])
+
+    def product(lhs: Any, rhs: Any) -> Any:
+        return kernel.gmm.__wrapped__(
+            lhs, rhs, jnp.asarray(sizes), (jax.lax.Precision.DEFAULT,) * 2, jnp.bfloat16,
+            tiling=(tile, config["tile_k"], config["tile_n"]), input_buffer_count=config["input_buffer_count"],
+            transpose_rhs=entry["turned"],
+        )  # fmt: skip
+
+    mesh = jax.sharding.AbstractMesh(
+        (1,),
+        ("x",),
+        abstract_device=jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"),
+    )
+    patched = mock.patch.multiple(
+        kernel, make_group_metadata=known, common=mock.Mock(wraps=kernel.common, custom_buffered_pallas_call=pipeline)
+    )
+    with patched, jax.sharding.use_abstract_mesh(mesh):
+        compiled = jax.jit(product).lower(lhs, rhs).compile()
+    calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", compiled.as_text()))
+    cycles = static_profile._read(Path(dump), calls)["cycles"]
+    flops = 2.0 * used * inner * outputs
+    size = 2.0 * (used * inner + count * inner * outputs + used * outputs)
+    limits = (cycles / chip.clock, size / chip.bandwidth, flops / (chip.clock * chip.flops_per_cycle))
+    scaled = total / used
+    return {"cycles": cycles, "scaled": round(scaled, 2), "predicted_us": round(1e6 * max(limits) * scaled, 1)}
+
+
+def pipeline(
+    kernel: Any, out_shape: Any, grid_spec: Any, compiler_params: Any, input_buffer_count: Any, **_: Any
+) -> Any:
+    """Stand in for tokamax's way to call a kernel: the same pipeline, with its scalars as constants in SMEM."""
+    import dataclasses
+
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def call(metadata: Any, _: Any, *operands: Any) -> Any:
+        values = [np.atleast_1d(x).astype(np.int32) for x in metadata] + [np.zeros(1, np.int32)]
+
+        def body(*refs: Any) -> None:
+            scalars, rest = refs[len(refs) - len(values) :], refs[: len(refs) - len(values)]
+            for ref, value in zip(scalars, values, strict=True):
+                for i, x in enumerate(value):
+                    ref[i] = jnp.int32(int(x))
+            bound = (tuple(scalars[:-1]), scalars[-1])
+
+            def bind(spec: Any, buffers: int = 2) -> Any:
+                index = spec.index_map
+                spec = pl.BlockSpec(spec.block_shape, lambda *at: index(*at, *bound))
+                if buffers == 2:
+                    return spec
+                return dataclasses.replace(spec, pipeline_mode=pl.Buffered(buffers, use_lookahead=True))
+
+            given, (scratch,) = rest[:-1], rest[-1:]
+            pltpu.emit_pipeline(
+                lambda *args: kernel(*bound, *args, scratch),
+                grid=tuple(int(n) for n in grid_spec.grid),
+                in_specs=[bind(s, n) for s, n in zip(grid_spec.in_specs, input_buffer_count, strict=True)],
+                out_specs=bind(grid_spec.out_specs),
+                dimension_semantics=compiler_params.dimension_semantics,
+            )(*given)
+
+        return pl.pallas_call(
+            body,
+            out_shape,
+            in_specs=[pl.BlockSpec(memory_space=compat.ANY)] * len(operands),
+            out_specs=pl.BlockSpec(memory_space=compat.ANY),
+            scratch_shapes=[*grid_spec.scratch_shapes, *(compat.SMEM(x.shape, jnp.int32) for x in values)],
+            compiler_params=compat.compiler_params((), chips.CHIPS["v5e"].vmem_limit),
+            name="ragged_dot",
+        )(*operands)
+
+    return call
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Replay every entry, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokamax", type=Path, required=True, help="the folder that it is installed in")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--entry", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--dump", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    found = entries(args.tokamax)
+    if args.entry is not None:
+        sys.path.append(str(args.tokamax))
+        print(json.dumps(simulate(found[args.entry], args.rows, args.dump)))
+        return
+    ratios = []
+    for i, entry in enumerate(found):
+        with tempfile.TemporaryDirectory() as dump:
+            command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--entry", str(i), "--dump", dump]
+            run = subprocess.run(command, env=static_profile.environment(dump), capture_output=True, text=True)
+        line = {"chip": "v5e", **{k: entry[k] for k in ("lhs", "rhs", "config", "measured_us")}}
+        answer = [text for text in run.stdout.splitlines() if text.startswith("{")]
+        if answer:
+            line |= json.loads(answer[0])
+            line["ratio"] = round(line["predicted_us"] / line["measured_us"], 3)
+            ratios.append(line["ratio"])
+        else:
+            line["error"] = " ".join(run.stderr.split())[-300:]
+        print(json.dumps(line), flush=True)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps(line) + os.linesep)
+    if ratios:
+        ratios.sort()
+        print(
+            f"predicted / measured of {len(ratios)} of {len(found)}: geometric mean "
+            f"{statistics.geometric_mean(ratios):.2f}, median {statistics.median(ratios):.2f}, "
+            f"from {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
