@@ -119,7 +119,7 @@ def _profile_here(args: argparse.Namespace, name: str) -> dict[str, Any]:
     line = {"kernel": args.kernel, "case": name, "implementation": args.peer or "pallas", "chip": args.chip}
     text = compiled.as_text()
     calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", text))
-    line |= {"compile_s": round(time.perf_counter() - start, 2), **_read(Path(args.dump), calls)}
+    line |= {"compile_s": round(time.perf_counter() - start, 2), **read(Path(args.dump), calls)}
     used = re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', text)
     line["vmem_bytes"] = max(map(int, used), default=0)
     line["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
@@ -143,7 +143,7 @@ def _estimate(cycles: int, case: Any, chip: Any) -> dict[str, Any]:
     }
 
 
-def _read(dump: Path, calls: set[str]) -> dict[str, Any]:
+def read(dump: Path, calls: set[str]) -> dict[str, Any]:
     """Return the figures of every program that was profiled, added up, and the units of the longest one's path.
 
     `calls` are the kernels among them. What XLA makes of the rest has no loop whose length is a scalar.

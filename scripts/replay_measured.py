@@ -96,7 +96,7 @@ def simulate(entry: dict[str, Any], rows: int, dump: str) -> dict[str, Any]:
     with patched, jax.sharding.use_abstract_mesh(mesh):
         compiled = jax.jit(product).lower(lhs, rhs).compile()
     calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", compiled.as_text()))
-    cycles = static_profile._read(Path(dump), calls)["cycles"]
+    cycles = static_profile.read(Path(dump), calls)["cycles"]
     flops = 2.0 * used * inner * outputs
     size = 2.0 * (used * inner + count * inner * outputs + used * outputs)
     limits = (cycles / chip.clock, size / chip.bandwidth, flops / (chip.clock * chip.flops_per_cycle))
