@@ -4,7 +4,7 @@ import importlib
 
 from pallas_kernels.case import Kernel
 
-KERNELS = ("decode_attention", "quantized_matmul", "paged_decode_attention", "prefill_attention")
+KERNELS = ("decode_attention", "quantized_matmul", "paged_decode_attention", "prefill_attention", "kivi_attention")
 
 
 def kernel(name: str) -> Kernel:

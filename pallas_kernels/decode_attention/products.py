@@ -40,7 +40,7 @@ def prepare(queries, bytes_ref, step_ref) -> None:
     for h, q in enumerate(queries):
         q = q.astype(jnp.float32)
         step = jnp.max(jnp.abs(q), axis=1, keepdims=True) / TOP
-        bytes_ref[h] = _two_bytes(q / jnp.where(step == 0, 1, step))
+        bytes_ref[h] = two_bytes(q / jnp.where(step == 0, 1, step))
         step_ref[h * R : (h + 1) * R] = jnp.broadcast_to(step, (R, 128))
 
 
@@ -51,8 +51,8 @@ def scores(queries, keys, key_scales, prepared=None):
         found = [dot(queries[h], widen(keys[h], queries[h].dtype), ((1,), (1,))) for h in each]
     else:
         bytes_ref, step_ref = prepared
-        products = [_integer_dot(bytes_ref[h], keys[h], ((1,), (1,))) for h in each]
-        found = [_joined(p) for p in products]
+        products = [integer_dot(bytes_ref[h], keys[h], ((1,), (1,))) for h in each]
+        found = [joined(p) for p in products]
     if key_scales is not None:
         found = [found[h] * key_scales[h].astype(jnp.float32) for h in each]
     found = jnp.concatenate(found)
@@ -76,9 +76,9 @@ def mixed(weights, values, value_scales, dtype, alive=None, as_integers=False):
     if as_integers:
         steps = [jnp.max(x, axis=1, keepdims=True) / TOP for x in factors]
         inverse = [1 / jnp.where(x == 0, 1, x) for x in steps]
-        parts = [_two_bytes(weights[h] * inverse[h]) for h in each]
-        products = [_integer_dot(parts[h], values[h], ((1,), (0,))) for h in each]
-        return jnp.concatenate([_joined(products[h]) * steps[h] for h in each])
+        parts = [two_bytes(weights[h] * inverse[h]) for h in each]
+        products = [integer_dot(parts[h], values[h], ((1,), (0,))) for h in each]
+        return jnp.concatenate([joined(products[h]) * steps[h] for h in each])
     values = [widen(x, dtype) for x in values]
     if alive is not None:
         # In float32: a select of packed halves is what libtpu's simulator on v5e cannot follow.
@@ -86,18 +86,19 @@ def mixed(weights, values, value_scales, dtype, alive=None, as_integers=False):
     return jnp.concatenate([dot(weights[h].astype(dtype), values[h], ((1,), (0,))) for h in each])
 
 
-def _two_bytes(x):
+def two_bytes(x):
     """Return whole numbers of at most TOP, given as float32 `[R, X]`, as high bytes over low bytes, `[2R, X]` int8."""
     n = jnp.round(x).astype(jnp.int32)
     high = (n + 128) >> 8
     return jnp.concatenate([high, n - (high << 8)]).astype(jnp.int8)
 
 
-def _integer_dot(a, b, contract):
+def integer_dot(a, b, contract):
+    """Return a product of integers of a byte, int32."""
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.int32)
 
 
-def _joined(products):
+def joined(products):
     """Return the product that those of the high and of the low bytes amount to, float32."""
     R = products.shape[0] // 2
     return products[:R].astype(jnp.float32) * 256 + products[R:].astype(jnp.float32)
