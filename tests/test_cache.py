@@ -20,7 +20,7 @@ KINDS: dict[str, CacheKind] = {
     "int8": QuantizedCache(),
     "fp8": QuantizedCache(qtype="float8_e4m3fn"),
     "kivi": Kivi(group=4, residual=3),
-    "kivi_2_bits": Kivi(bits=2, group=3, residual=0),
+    "kivi_2_bits": Kivi(bits=2, group=4, residual=0),
     "kivi_long_residual": Kivi(residual=16),
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -9,7 +9,7 @@ import pytest
 from models import random_program, tiny_config
 from test_cache import with_kind
 
-from jaxinfer.cache import kivi
+from jaxinfer.cache import kivi, packed_attention
 from jaxinfer.cache.dense import Dense
 from jaxinfer.cache.groups import dequantize_groups, quantize_groups
 from jaxinfer.cache.kivi import Kivi
@@ -100,21 +100,18 @@ def test_attention_over_codes_is_that_over_their_numbers(qtype, T, S, starts, wi
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize(("G", "H"), [(4, 8), (5, 8), (32, 64)])
+@pytest.mark.parametrize(("G", "H"), [(4, 8), (12, 8), (32, 64)])
 def test_groups_are_half_a_step_off_at_most(bits, G, H):
     k, v = draw(0, 2, 3, 4, G, H) + 5 * draw(1, H), draw(2, 2, 3, 4, G, H)
     k[0, 0, 0], v[0, 0, 0, 0] = 1.5, 0  # grids of one number
     k[0, 1] = k[0, 1] * 0.01 + 1e4  # an offset whose rounding is larger than the range
     groups = jax.jit(quantize_groups, static_argnums=2)(k, v, bits)
-    assert groups.k.codes.shape == (2, 3, 4, G, H * bits // 8) == groups.v.codes.shape
-    for x, found, scale, runs in zip(
-        (k, v),
-        dequantize_groups(groups, jnp.float32),
-        (groups.k.scale, groups.v.scale),
-        (H, -(-H // G) if H % G == 0 else 1),
-        strict=True,
-    ):
-        step = np.repeat(np.asarray(scale, np.float64), H // runs, axis=-1)
+    assert groups.k_codes.shape == (2, 3, 4 * G * bits // 8, H) == groups.v_codes.shape
+    assert (groups.count, groups.size, groups.bits) == (4, G, bits)
+    k_step = np.asarray(groups.k_scale, np.float64)[:, :, :, None]
+    v_step = np.asarray(groups.v_scale, np.float64).reshape(2, 3, -1, 4, G).transpose(0, 1, 3, 4, 2)
+    steps = (k_step, np.repeat(v_step, G if H % G == 0 else H, axis=-1))
+    for x, found, step in zip((k, v), dequantize_groups(groups, jnp.float32), steps, strict=True):
         error = np.abs(np.asarray(found, np.float64).reshape(x.shape) - x)
         assert (error <= step * 0.501 + 1e-6 * np.abs(x)).all()
         assert error.max() > 0
@@ -227,6 +224,33 @@ def test_kivi_is_rewound_exactly_within_its_slack(batch):
     np.testing.assert_allclose(found[:, kept:], expected[:, kept:], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(("T", "window", "softcap"), [(1, None, None), (8, 100, 2.0)])
+def test_the_kernel_reads_the_packed_groups_of_a_cache(monkeypatch, T, window, softcap):
+    """Rows before, across and at a boundary, one with nothing packed, and one of padding alone."""
+    kind, filled = Kivi(group=64, residual=20), np.array([200, 207, 211, 40, 150])
+    B, S = len(filled), 512
+    cache = kind.create(B, S, K, 64, jnp.float32)
+    k, v, q = map(jnp.asarray, (draw(0, B, 256, K, 64), draw(1, B, 256, K, 64), draw(2, B, T, N, 64)))
+    cache = cache.append(k, v, integers(*[0] * B), integers(*filled)).rewind(integers(*filled))
+    counts = np.array([T, T, T, T, 0])
+    positions = jnp.asarray(np.where(np.arange(T) < counts[:, None], filled[:, None] + np.arange(T), -1), jnp.int32)
+    kernel = functools.partial(packed_attention.kivi_attention.tpu, interpret=True)
+    kernel = functools.partial(kernel, blocks={"slots": S, "heads": 2, "buffers": 2, "splits": 1})
+    monkeypatch.setattr(packed_attention.kivi_attention, "tpu", kernel)
+    given = (q, cache.groups, positions, kind.boundary(positions))
+    options = dict(scale=0.2, window=window, softcap=softcap)
+    found, expected = (
+        np.asarray(out / total * np.exp(peak - 3))
+        for out, total, peak in (
+            (x.out, x.total, x.peak + jnp.log(x.total))
+            for x in (f(*given, **options) for f in (packed_attention._by_kernel, packed_attention._by_blocks))
+        )
+    )
+    assert np.abs(expected[:3]).max() > 0.01 and not expected[3:].any()
+    np.testing.assert_allclose(found[:4], expected[:4], rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.isfinite(found).all()
+
+
 def test_within_its_residual_kivi_is_the_dense_cache():
     q, k, v = draw(0, 1, 64, N, H), draw(1, 1, 64, K, H), draw(2, 1, 64, K, H)
     expected, _ = run(Dense(), q, k, v, [50, *[1] * 14], slots=300)
@@ -290,7 +314,7 @@ def test_a_session_computes_a_row_again_where_the_cache_cant_go_back():
         (lambda: Kivi(bits=3), "bits=3: must be 2 or 4"),
         (lambda: Kivi(group=0), "group=0"),
         (lambda: Kivi(residual=-1), "residual=-1"),
-        (lambda: Kivi(bits=2).create(1, 64, 1, 6, jnp.float32), "head_dim=6 in 2 bits"),
+        (lambda: Kivi(bits=2, group=6), "group=6 of 2 bits: must be a multiple of 4"),
         (lambda: apply(random_program(tiny_config()), "kv_int4:group=0"), "group=0"),
     ],
 )

@@ -10,7 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import random
-from jaxinfer.passes import PASSES
+from jaxinfer.passes import apply
 from jaxinfer.program import Program
 from pallas_kernels import chips, compat
 
@@ -24,6 +24,9 @@ PROGRAMS = [
     ("prefill", 64, "bfloat16", ()),
     ("decode_kv_int8", 1, "bfloat16", ("kv_int8",)),
     ("decode_kv_fp8", 1, "bfloat16", ("kv_fp8",)),
+    ("decode_kv_int4", 1, "bfloat16", (("kv_int4", {"group": 64}),)),
+    ("verify_kv_int4", 4, "bfloat16", (("kv_int4", {"group": 64}),)),
+    ("decode_kv_int4_of_32", 1, "bfloat16", ("kv_int4",)),
     ("prefill_kv_int8", 64, "bfloat16", ("kv_int8",)),
     ("decode_int8", 1, "bfloat16", ("int8",)),
     ("decode_int4", 1, "bfloat16", ("int4",)),
@@ -58,9 +61,7 @@ def main() -> None:
     """Print a line a program."""
     base = {dtype: Program(random(CONFIG, dtype=jnp.dtype(dtype))) for dtype in ("bfloat16", "float32")}
     for name, tokens, dtype, passes in PROGRAMS:
-        program = base[dtype]
-        for p in passes:
-            program = PASSES[p]()(program)
+        program = apply(base[dtype], *passes)
         print(json.dumps({"program": name, "kernels": kernels(program, tokens, "v5e")}), flush=True)
     print(json.dumps({"program": "xla", "kernels": kernels(base["bfloat16"], 1, None)}), flush=True)
 

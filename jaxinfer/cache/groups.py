@@ -3,32 +3,84 @@
 Keys have channels that are large in every token, values do not (KIVI, 2402.02750).
 """
 
-from typing import NamedTuple
+import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, UInt8
+from jaxtyping import Array, DTypeLike, Float, Int, UInt8
+
+from jaxinfer.cache.slots import pick
 
 GRID_DTYPE = jnp.bfloat16
 
 
-class Grid(NamedTuple):
-    """Numbers `code * scale + offset`, with n codes in each byte.
-
-    Byte j of the last axis holds the codes of channels j, j + H / n, j + 2 H / n ..., the first in its lowest bits.
-    """
-
-    codes: UInt8[Array, "*lead h"]
-    scale: Float[Array, "*grids"]
-    offset: Float[Array, "*grids"]
-
-
 @nnx.dataclass
 class Groups(nnx.Module):
-    """M groups of G tokens: keys with a scale a group and channel, values with one a token and run of channels."""
+    """M groups of G tokens, S = M * G in all: numbers `code * scale + offset`, with n = 8 / bits codes in each byte.
 
-    k: Grid = nnx.data()  # codes [B, K, M, G, h], scale [B, K, M, 1, H]
-    v: Grid = nnx.data()  # codes [B, K, M, G, h], scale [B, K, M, G, runs]
+    Byte row r of a group's G / n holds the codes of its tokens r, r + G / n, r + 2 G / n ..., the first in its lowest
+    bits: the layout of `pallas_kernels.kivi_attention`. Keys have a grid a group and channel, values one a token and
+    run of channels, of which a head has KR / K.
+    """
+
+    k_codes: UInt8[Array, "B K bytes H"] = nnx.data()
+    k_scale: Float[Array, "B K M H"] = nnx.data()
+    k_offset: Float[Array, "B K M H"] = nnx.data()
+    v_codes: UInt8[Array, "B K bytes H"] = nnx.data()
+    v_scale: Float[Array, "B KR S"] = nnx.data()
+    v_offset: Float[Array, "B KR S"] = nnx.data()
+
+    @property
+    def count(self) -> int:
+        """How many groups there are, M."""
+        return self.k_scale.shape[2]
+
+    @property
+    def size(self) -> int:
+        """How many tokens are in a group, G."""
+        return self.v_scale.shape[2] // self.count
+
+    @property
+    def bits(self) -> int:
+        """How many bits a code has."""
+        return 8 * self.k_codes.shape[2] // self.v_scale.shape[2]
+
+    def cut(self, start: Int[Array, ""], count: int) -> "Groups":
+        """Return groups start .. start + count - 1."""
+
+        def part(x):
+            own = x.shape[2] // self.count
+            return jax.lax.dynamic_slice_in_dim(x, start * own, count * own, axis=2)
+
+        return jax.tree.map(part, self)
+
+    def of_rows(self, index: Int[Array, "B"]) -> "Groups":
+        """Return one group of each row: group index[b] of row b."""
+
+        def part(x):
+            own = x.shape[2] // self.count
+            return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i * own, own, axis=1))(x, index)
+
+        return jax.tree.map(part, self)
+
+    def write(self, new: "Groups", first: Int[Array, "B"], counts: Int[Array, "B"]) -> "Groups":
+        """Return the groups with each row's first counts[b] new ones at its places from first[b]."""
+
+        def part(old, x):
+            own = old.shape[2] // self.count
+            return pick(old, x, jnp.arange(old.shape[2]) - first[:, None] * own, counts * own)
+
+        return jax.tree.map(part, self, new)
+
+    def write_one(self, new: "Groups", row: Int[Array, ""], index: Int[Array, ""]) -> "Groups":
+        """Return the groups with the one group of one row in `new` at group `index` of row `row`, in place."""
+
+        def part(old, x):
+            at = (row, 0, index * (old.shape[2] // self.count), 0)
+            return jax.lax.dynamic_update_slice(old, x, at[: old.ndim])
+
+        return jax.tree.map(part, self, new)
 
 
 def quantize_groups(k: Float[Array, "B K M G H"], v: Float[Array, "B K M G H"], bits: int) -> Groups:
@@ -36,24 +88,28 @@ def quantize_groups(k: Float[Array, "B K M G H"], v: Float[Array, "B K M G H"], 
 
     Every number is within half a scale of what it was, up to float rounding.
     """
-    G, H = k.shape[-2:]
+    B, K, M, G, H = k.shape
     run = G if H % G == 0 else H
-    keys, key_scale, key_offset = _fit(k, 3, bits)
-    values, value_scale, value_offset = _fit(v.reshape(*v.shape[:-1], H // run, run), 5, bits)
-    return Groups(
-        k=Grid(_pack(keys, bits), key_scale, key_offset),
-        v=Grid(_pack(values.reshape(v.shape), bits), value_scale[..., 0], value_offset[..., 0]),
-    )
+    keys, k_scale, k_offset = _fit(k, 3, bits)
+    values, *grids = _fit(v.reshape(B, K, M * G, H // run, run), 4, bits)
+    v_scale, v_offset = (x[..., 0].transpose(0, 1, 3, 2).reshape(B, -1, M * G) for x in grids)
+    pack = functools.partial(_pack, bits=bits)
+    return Groups(pack(keys), k_scale[..., 0, :], k_offset[..., 0, :], pack(values.reshape(k.shape)), v_scale, v_offset)
 
 
 def dequantize_groups(groups: Groups, dtype: DTypeLike) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """Return the keys and values of the groups' tokens, which are S = M * G."""
-    B, K, M, G, h = groups.k.codes.shape
-    H, runs = groups.k.scale.shape[-1], groups.v.scale.shape[-1]
-    k = _unpack(groups.k.codes, 8 * h // H) * groups.k.scale + groups.k.offset
-    v = _unpack(groups.v.codes, 8 * h // H).reshape(B, K, M, G, runs, H // runs)
-    v = v * groups.v.scale[..., None] + groups.v.offset[..., None]
-    return k.reshape(B, K, M * G, H).astype(dtype), v.reshape(B, K, M * G, H).astype(dtype)
+    """Return the keys and values of the groups' tokens."""
+    B, K, M, H = groups.k_scale.shape
+    S = groups.v_scale.shape[2]
+
+    def of_channels(x):  # [B, K * runs, S] -> [B, K, S, runs, 1]
+        return x.reshape(B, K, -1, S).transpose(0, 1, 3, 2)[..., None]
+
+    keys, values = (_unpack(x, M, groups.bits) for x in (groups.k_codes, groups.v_codes))
+    k = keys * groups.k_scale[:, :, :, None] + groups.k_offset[:, :, :, None]
+    scale, offset = of_channels(groups.v_scale), of_channels(groups.v_offset)
+    v = values.reshape(*scale.shape[:4], -1) * scale + offset
+    return k.reshape(B, K, S, H).astype(dtype), v.reshape(B, K, S, H).astype(dtype)
 
 
 def _fit(x: Array, axis: int, bits: int) -> tuple[Array, Array, Array]:
@@ -69,12 +125,16 @@ def _fit(x: Array, axis: int, bits: int) -> tuple[Array, Array, Array]:
 
 
 def _pack(codes: Array, bits: int) -> Array:
-    parts = jnp.split(codes, 8 // bits, axis=-1)
-    return sum(part << (bits * i) for i, part in enumerate(parts)).astype(jnp.uint8)
+    """Return `[B, K, M, G, H]` codes as bytes `[B, K, M * G * bits / 8, H]`."""
+    B, K, M, G, H = codes.shape
+    parts = jnp.split(codes, 8 // bits, axis=3)
+    packed = sum(part << (bits * i) for i, part in enumerate(parts)).astype(jnp.uint8)
+    return packed.reshape(B, K, M * G * bits // 8, H)
 
 
-def _unpack(packed: Array, bits: int) -> Array:
-    """Return the codes as float32. A broadcast and a reshape, no concatenation: it fuses into what reads it."""
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
-    codes = (packed[..., None, :] >> shifts) & jnp.uint8(2**bits - 1)
-    return codes.reshape(*packed.shape[:-1], -1).astype(jnp.float32)
+def _unpack(packed: Array, groups: int, bits: int) -> Array:
+    """Return the codes of M groups as float32 `[B, K, M, G, H]`. A broadcast and a reshape: it fuses into its reader."""
+    B, K, _, H = packed.shape
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None, None]
+    codes = (packed.reshape(B, K, groups, 1, -1, H) >> shifts) & jnp.uint8(2**bits - 1)
+    return codes.reshape(B, K, groups, -1, H).astype(jnp.float32)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxinfer.cache.groups import Groups, dequantize_groups, quantize_groups
+from jaxinfer.cache.groups import Groups, quantize_groups
+from jaxinfer.cache.packed_attention import packed_share
 from jaxinfer.cache.slots import pick, write
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import (
@@ -24,9 +25,10 @@ from jaxinfer.ops.attention import (
     ungroup_heads,
     visible,
 )
-from jaxinfer.ops.online_attention import SLOT_BLOCK, merge, shares_of_blocks
+from jaxinfer.ops.online_attention import merge
 
 SLACK = 32  # tokens that a row can be rewound by, at least
+TILE = 16  # groups whose scales fill a tile of a TPU's memory: the kernel reads whole ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,29 +44,28 @@ class Kivi:
             raise InputError(f"bits={self.bits}: must be 2 or 4; for 8 there is QuantizedCache")
         if self.group < 1 or self.residual < 0:
             raise InputError(f"group={self.group}, residual={self.residual}: must be at least 1 and 0 tokens")
+        if self.group * self.bits % 8:
+            raise InputError(f"group={self.group} of {self.bits} bits: must be a multiple of {8 // self.bits} tokens")
 
     def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "KiviLayer":
-        """Return an empty cache; the newest tokens are kept in `dtype`.
-
-        Raises:
-            InputError: a head is not a whole number of bytes.
-        """
-        if head_dim * self.bits % 8:
-            raise InputError(f"head_dim={head_dim} in {self.bits} bits: does not fill bytes; use QuantizedCache")
+        """Return an empty cache; the newest tokens are kept in `dtype`."""
         count = max(0, slots - self.residual) // self.group  # groups that some query reads
+        if count > TILE and self.group % 64 == 0:
+            count = TILE * -(-count // TILE)
         recent = self.group * -(-(self.residual + self.group + SLACK) // self.group) if count else slots
-        groups = jax.eval_shape(
-            functools.partial(quantize_groups, bits=self.bits),
-            *[jax.ShapeDtypeStruct((batch, kv_heads, count, self.group, head_dim), dtype)] * 2,
-        )
         return KiviLayer(
-            groups=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), groups) if count else None,
+            groups=self._empty((batch, kv_heads, count, self.group, head_dim), dtype) if count else None,
             k=jnp.zeros((batch, kv_heads, recent, head_dim), dtype),
             v=jnp.zeros((batch, kv_heads, recent, head_dim), dtype),
             chunk=None,
             kind=self,
             slots=slots,
         )
+
+    def _empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Groups:
+        new = [jax.ShapeDtypeStruct(shape, dtype)] * 2
+        groups = jax.eval_shape(functools.partial(quantize_groups, bits=self.bits), *new)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), groups)
 
     def boundary(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """Return how many tokens are quantized ones for a query at each position."""
@@ -146,33 +147,14 @@ class KiviLayer(nnx.Module):
             found = as_they_are(self.k, self.v, held)
             if self.chunk is not None:
                 found = merge(found, as_they_are(*self._near(first)))
-            return ungroup_heads(merge(found, self._old(grouped, positions, boundary, window, softcap)), q)
+            old = packed_share(q, self.groups, positions, boundary, scale=scale, window=window, softcap=softcap)
+            return ungroup_heads(merge(found, old), q)
 
         return by_query_blocks(attend, q, positions), self._settled()
 
     def rewind(self, length: Int[Array, "B"]) -> "KiviLayer":
         """Nothing to do but to let go of the chunk: what lies past the length is masked, and written again."""
         return self._settled()
-
-    def _old(self, grouped, positions, boundary, window, softcap):
-        """Return the packed groups' share."""
-        G, M = self.kind.group, self.groups.k.codes.shape[2]
-        size = min(M, max(1, SLOT_BLOCK // G))
-
-        def read(i: Array):
-            start = jnp.minimum(i * size, M - size)
-            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
-            slots = start * G + jnp.arange(size * G)[None]
-            seen = visible(positions, slots, window) & (slots[:, None] < boundary[..., None])
-            # The last block may reach back over groups that the one before it has counted.
-            return *dequantize_groups(jax.tree.map(cut, self.groups), grouped.dtype), seen & (slots >= i * size * G)
-
-        last = -(-boundary.max() // (size * G))
-        first = jnp.int32(0)
-        if window is not None:
-            earliest = jnp.where(positions < 0, M * G, positions).min() - window + 1
-            first = jnp.maximum(earliest, 0) // (size * G)
-        return shares_of_blocks(grouped, read, first, last, softcap)
 
     def _near(self, first: Array) -> tuple[Array, Array, Array]:
         """Return the chunk's tokens that a block of queries may read as they are, with their positions."""
@@ -186,24 +168,33 @@ class KiviLayer(nnx.Module):
 
     def _packed(self, chunk: Chunk) -> Groups:
         """Return the groups with those packed that the chunk completes."""
-        G, R, T = self.kind.group, self.k.shape[2], chunk.k.shape[2]
-        B, K, M, H = *self.k.shape[:2], -(-T // G), self.k.shape[3]
+        G, T = self.kind.group, chunk.k.shape[2]
         first = chunk.start // G
         complete = jnp.where(chunk.counts > 0, (chunk.start + chunk.counts) // G - first, 0)
-        positions = first[:, None] * G + jnp.arange(M * G)
+        if T > G:
+            return self.groups.write(self._quantized(chunk, -(-T // G)), first, complete)
+        # One group of a row at most. Only rows that complete theirs do anything, one by one and in place: a step has
+        # few of them, and to write all rows at once would copy the groups.
+        complete = (complete > 0) & (first < self.groups.count)
+        rows = jnp.argsort(~complete)
 
-        def pack(_):
-            def tokens(ring, new):
-                old = jnp.take_along_axis(ring, (positions % R)[:, None, :, None], axis=2)
-                return pick(old, new, positions - chunk.start[:, None], chunk.counts).reshape(B, K, M, G, H)
+        def pack(i: Array, groups: Groups) -> Groups:
+            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=rows[i], slice_size=1)
+            own, new = jax.tree.map(cut, (self._replace(groups=None), chunk))
+            return groups.write_one(own._quantized(new, 1), rows[i], first[rows[i]])
 
-            return quantize_groups(tokens(self.k, chunk.k), tokens(self.v, chunk.v), self.kind.bits)
+        return jax.lax.fori_loop(0, complete.sum(), pack, self.groups)
 
-        def nothing(_):
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pack, 0))
+    def _quantized(self, chunk: Chunk, count: int) -> Groups:
+        """Return `count` groups of each row from the one that the chunk begins in."""
+        B, K, R, H = self.k.shape
+        positions = (chunk.start // self.kind.group * self.kind.group)[:, None] + jnp.arange(count * self.kind.group)
 
-        new = pack(0) if T > G else jax.lax.cond((complete > 0).any(), pack, nothing, 0)
-        return jax.tree.map(lambda store, x: write(store, x, first, complete), self.groups, new)
+        def tokens(ring, new):
+            old = jnp.take_along_axis(ring, (positions % R)[:, None, :, None], axis=2)
+            return pick(old, new, positions - chunk.start[:, None], chunk.counts).reshape(B, K, count, -1, H)
+
+        return quantize_groups(tokens(self.k, chunk.k), tokens(self.v, chunk.v), self.kind.bits)
 
     def _settled(self) -> "KiviLayer":
         """Return the cache with the chunk's newest tokens in the ring."""

@@ -76,6 +76,7 @@ TESTS = [
     case("one_group", 2, 1, 1, 1, 64, 64, [64, 0], dtype=F32, grid=F32, return_lse=True),
     case("gqa_4_runs_2", 2, 2, 2, 4, 256, 64, [192, 256], runs=2, dtype=F32, grid=F32),
     case("group_128_runs_4", 2, 4, 2, 2, 512, 128, [128, 512], group=128, runs=4, dtype=F32, grid=F32),
+    case("one_run_of_80", 1, 1, 1, 2, 128, 80, [128], dtype=F32, grid=F32),
     case("window_softcap", 2, 1, 2, 2, 256, 64, [256, 64], window=150, softcap=4.0, dtype=F32, grid=F32),
     case("blocks", 2, 1, 2, 2, 2048, 64, [1600, 1024], dtype=F32, grid=F32, blocks={"slots": 1024}, return_lse=True),
     case("bf16", 2, 1, 2, 8, 2048, 128, [1600, 64], runs=2, blocks={"slots": 1024}),

@@ -177,7 +177,7 @@ class _PackedInside:
         store = self.store
         runs, R = store.runs, weights.shape[0] // store.heads
         codes = self._codes(1, buffer, jnp.int8 if store.integer else dtype)
-        run = jax.lax.broadcasted_iota(jnp.int32, (R, store.head_dim), 1) >> int(math.log2(store.head_dim // runs))
+        channel, width = jax.lax.broadcasted_iota(jnp.int32, (R, store.head_dim), 1), store.head_dim // runs
 
         def lines(i, h):
             found = self.buffers[i][buffer, h * runs : (h + 1) * runs].astype(jnp.float32)
@@ -207,7 +207,7 @@ class _PackedInside:
             total = jnp.zeros((R, store.head_dim), jnp.float32)
             for r in range(runs):
                 shift = (own[h] * shifts[h][r : r + 1]).sum(axis=1, keepdims=True)
-                total = jnp.where(run == r, products[h][r] + shift, total)
+                total = jnp.where(channel >= r * width, products[h][r] + shift, total)
             found.append(total)
         return jnp.concatenate(found)
 
