@@ -50,5 +50,12 @@ def test_under_shard_map_on_four_devices(chip):
     ],
 )
 def test_a_program_for_a_tpu_holds_the_kernels(program, kernels):
-    found = {line["program"]: line["kernels"] for line in lines("tests/tpu_programs.py")}
+    found = {line["program"]: line["kernels"] for line in lines("tests/tpu_programs.py") if "kernels" in line}
     assert found[program] == kernels
+
+
+def test_a_decode_loop_for_a_tpu_does_not_copy_its_cache():
+    found = {line["program"]: line["copies"] for line in lines("tests/tpu_programs.py") if "copies" in line}
+    assert found == {
+        f"loop_{kind}_{at}": [] for kind in ("dense", "kv_int8", "kv_int4") for at in ("1_1", "4_1", "4_4")
+    }

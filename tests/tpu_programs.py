@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.transformer import random
+from jaxinfer.models.transformer import Attention, random
 from jaxinfer.passes import apply
 from jaxinfer.program import Program
+from jaxinfer.tree import select
 from pallas_kernels import chips, compat
 
 CONFIG = ModelConfig(
@@ -57,12 +58,42 @@ def kernels(program: Program, tokens: int, chip: str | None) -> dict[str, int]:
     return dict(collections.Counter(names))
 
 
+def copies_in_a_loop(cache_pass: tuple, batch: int, tokens: int) -> list[str]:
+    """Return the copies of whole cache arrays that a loop of appends and attentions makes, compiled for a TPU v5e."""
+    one = SingleDeviceSharding(compat.topology_device("v5e:2x2"))
+    node = next(iter(select(apply(Program(random(CONFIG)), *cache_pass).model, Attention).values()))
+    K, N, H = CONFIG.num_kv_heads, CONFIG.num_heads, CONFIG.head_dim
+    cache = jax.eval_shape(lambda: node.cache.create(batch, 4096, K, H, jnp.bfloat16))
+
+    def loop(cache, q, k, v, start):
+        def step(i, carry):
+            cache, out = carry
+            cache = cache.append(k, v, start + i, jnp.full(batch, tokens))
+            positions = (start + i)[:, None] + jnp.arange(tokens)
+            out, cache = cache.attend(q + out, positions, scale=0.1, window=None, softcap=None)
+            return cache, out
+
+        return jax.lax.fori_loop(0, 10, step, (cache, jnp.zeros_like(q)))
+
+    shapes = (cache, *(jnp.zeros((batch, tokens, n, H), jnp.bfloat16) for n in (N, K, K)), jnp.zeros(batch, jnp.int32))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+    with chips.assume("v5e"):
+        text = jax.jit(loop, donate_argnums=0).lower(*shapes).compile().as_text()
+    assert "tpu_custom_call" in text
+    large = {",".join(map(str, x.shape)) for x in jax.tree.leaves(cache) if x.size > batch * 1024 * K * H}
+    return [shape for shape, _ in re.findall(r"= \w+\[([\d,]+)\]\S* (copy|transpose)\(", text) if shape in large]
+
+
 def main() -> None:
     """Print a line a program."""
     base = {dtype: Program(random(CONFIG, dtype=jnp.dtype(dtype))) for dtype in ("bfloat16", "float32")}
     for name, tokens, dtype, passes in PROGRAMS:
         program = apply(base[dtype], *passes)
         print(json.dumps({"program": name, "kernels": kernels(program, tokens, "v5e")}), flush=True)
+    for name, passes in {"dense": (), "kv_int8": ("kv_int8",), "kv_int4": (("kv_int4", {"group": 64}),)}.items():
+        for batch, tokens in ((1, 1), (4, 1), (4, 4)):
+            found = copies_in_a_loop(passes, batch, tokens)
+            print(json.dumps({"program": f"loop_{name}_{batch}_{tokens}", "copies": found}), flush=True)
     print(json.dumps({"program": "xla", "kernels": kernels(base["bfloat16"], 1, None)}), flush=True)
 
 

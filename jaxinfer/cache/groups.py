@@ -60,7 +60,8 @@ class Groups(nnx.Module):
 
         def part(x):
             own = x.shape[2] // self.count
-            return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i * own, own, axis=1))(x, index)
+            rows, heads = jnp.arange(len(x))[:, None, None], jnp.arange(x.shape[1])[:, None]
+            return x[rows, heads, index[:, None, None] * own + jnp.arange(own)]
 
         return jax.tree.map(part, self)
 
@@ -77,8 +78,8 @@ class Groups(nnx.Module):
         """Return the groups with the one group of one row in `new` at group `index` of row `row`, in place."""
 
         def part(old, x):
-            at = (row, 0, index * (old.shape[2] // self.count), 0)
-            return jax.lax.dynamic_update_slice(old, x, at[: old.ndim])
+            own = old.shape[2] // self.count
+            return old.at[row, jnp.arange(old.shape[1])[:, None], index * own + jnp.arange(own)].set(x[0])
 
         return jax.tree.map(part, self, new)
 
@@ -133,7 +134,7 @@ def _pack(codes: Array, bits: int) -> Array:
 
 
 def _unpack(packed: Array, groups: int, bits: int) -> Array:
-    """Return the codes of M groups as float32 `[B, K, M, G, H]`. A broadcast and a reshape: it fuses into its reader."""
+    """Return the codes of M groups as float32 `[B, K, M, G, H]`. A broadcast and a reshape, which fuse."""
     B, K, _, H = packed.shape
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None, None]
     codes = (packed.reshape(B, K, groups, 1, -1, H) >> shifts) & jnp.uint8(2**bits - 1)

@@ -1,4 +1,4 @@
-"""Attention over packed groups: what the old tokens contribute to a softmax that the recent ones also have a part in."""
+"""Attention over packed groups: what the old tokens contribute to a softmax that recent ones have a part in too."""
 
 import functools
 
@@ -38,14 +38,14 @@ def packed_share(
 
 def _by_kernel(q, groups, positions, boundary, *, scale, window, softcap):
     T, G = q.shape[1], groups.size
-    if groups.bits != 4 or not T <= min(DECODE_TOKENS, G):
+    if groups.bits != 4 or min(DECODE_TOKENS, G) < T:
         raise NotImplementedError(f"{T} queries over {groups.bits}-bit codes: must be few, over codes of 4 bits")
     # Padding comes last, so the first query's boundary is that of no other one's padding.
     out, lse = kivi_attention.tpu(
         q, groups.k_codes, groups.v_codes, groups.k_scale, groups.k_offset, groups.v_scale, groups.v_offset,
         boundary[:, 0], scale=scale, group=G, position=positions[:, 0], window=window, softcap=softcap, return_lse=True,
     )  # fmt: skip
-    B, _, N, H = q.shape
+    B, _, N, _ = q.shape
     K = groups.k_scale.shape[1]
 
     def grouped(x):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+FEW = 16  # new entries of a row up to which they are written one by one, and not in a pass over all slots
+
 
 def write(
     store: Shaped[Array, "B K S *rest"],
@@ -18,15 +20,17 @@ def write(
     B, _, S = store.shape[:3]
     T = new.shape[2]
     new = new.astype(store.dtype)
-    if T == 1 and B == 1:
-        # One slot of one row: an in-place slice update, where a scatter costs a loop.
-        slot = jnp.minimum(start[0], S - 1)
-        old = jax.lax.dynamic_slice_in_dim(store, slot, 1, axis=2)
-        fits = (counts[0] > 0) & (start[0] < S)
-        return jax.lax.dynamic_update_slice_in_dim(store, jnp.where(fits, new, old), slot, axis=2)
-    if T == 1:
-        slots = jnp.where(counts > 0, start, S)  # S is out of range, so the write is dropped
-        return store.at[jnp.arange(B), :, slots].set(new[:, :, 0], mode="drop")
+    if B == 1 and T <= S:
+        # Some slots of one row: an in-place slice update, where a scatter costs a loop.
+        first = jnp.minimum(start[0], S - T)
+        old = jax.lax.dynamic_slice_in_dim(store, first, T, axis=2)
+        changed = pick(old, new, first + jnp.arange(T)[None] - start[:, None], counts)
+        return jax.lax.dynamic_update_slice_in_dim(store, changed, first, axis=2)
+    if T <= FEW:
+        # A head's slot is an update of its own: XLA for TPU then keeps the store's layout, and a loop copies nothing.
+        slots = jnp.where(jnp.arange(T) < counts[:, None], start[:, None] + jnp.arange(T), S)  # S: the write is dropped
+        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(store.shape[1])[:, None]
+        return store.at[rows, heads, slots[:, None]].set(new, mode="drop")
     # Many entries: every slot picks its new one or keeps its own. One pass, no scatter, any start.
     return pick(store, new, jnp.arange(S)[None] - start[:, None], counts)
 
