@@ -21,7 +21,7 @@ class KVInt4(CacheOf):
         changes="cache_bytes",
         takes="cache",
     )
-    group: int = 32  # tokens that share a channel's grid, and channels of a value that share one
+    group: int = 32  # tokens that share a channel's grid, and channels of a value that do; 64 for the kernel for TPU
     residual: int = 64  # newest tokens that stay as they are
 
     def kind(self) -> Kivi:
