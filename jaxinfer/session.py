@@ -29,6 +29,7 @@ class Session:
         self._slots = 0
         self._longest = [0] * batch  # that each row has been since it was computed from its first token
         self._ended = np.zeros(batch, bool)
+        self.steps: list[int] | None = None  # that the last `decode` took for each row, where the decoder counts them
 
     def feed(
         self, rows: Sequence[Sequence[int]], room: int = 0, progress: Callable[[int], object] | None = None
@@ -104,6 +105,11 @@ class Session:
         limit = np.where(lengths > 0, np.minimum(limit, program.config.max_context - lengths), 0)
         if (lengths + limit).max() > self._slots:  # fed with too little room: once more, into a larger cache
             self.feed(self.rows, room=int((lengths + limit).max() - lengths.max()))
+        far = self._cache.exact_rewind
+        if far is not None and program.decoder.lookahead > far:
+            raise InputError(
+                f"drafts of {program.decoder.lookahead} tokens: the cache can only be rewound by {far}; draft fewer"
+            )
         seeds = np.asarray(seed) if np.ndim(seed) else seed + np.arange(batch)
         sampling = Sampling() if sampling is None else sampling
         cache, logits, self._cache, self._logits = self._cache, self._logits, None, None
@@ -116,6 +122,7 @@ class Session:
             sampling=sampling,
             seeds=seeds % 2**32,
             seen=None if sampling.repetition_penalty is None else _seen(self.rows, program.config.vocab_size),
+            own=program.decoder.prepare(self.rows, self._slots),
         )
         self._ended = np.zeros(batch, bool)
         told = np.zeros(batch, np.int64)
@@ -150,7 +157,8 @@ class Session:
         self._cache = state.cache
         for b, row in enumerate(self.rows):
             self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
-            self._longest[b] = max(self._longest[b], int(length[b]))
+            self._longest[b] = max(self._longest[b], int(length[b]) + self.program.decoder.lookahead)
+        self.steps = None if state.own is None else np.asarray(state.own.steps).tolist()
 
 
 def check_ids(row: Sequence[int] | Int[np.ndarray, "n"], vocab_size: int) -> None:

@@ -1,6 +1,7 @@
 """The decoder protocol, the state that it steps, and the plain one-token-a-step decoder."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +30,30 @@ class State(nnx.Module):
     sampling: Sampling = nnx.data()
     rng: Key[Array, "B"] = nnx.data()
     seen: Bool[Array, "B V"] | None = nnx.data()  # tokens of the prompt and the output; None without a penalty
+    own: Any = nnx.data(default=None)  # what the decoder's `prepare` gave, as its steps have changed it
 
     def emit(self, token: Int[Array, "B"]) -> "State":
         """Return the state with one more token in every row that is not done."""
-        rows = jnp.arange(token.shape[0])
-        token = jnp.where(self.done, self.last, token)
-        slot = jnp.where(self.done, self.tokens.shape[1], self.emitted)  # out of range: dropped
-        emitted = self.emitted + ~self.done
-        stopped = (token[:, None] == self.stop_ids[None]).any(axis=1)
+        return self.emit_some(token[:, None], jnp.ones_like(token))
+
+    def emit_some(self, new: Int[Array, "B n"], count: Int[Array, "B"]) -> "State":
+        """Return the state with row b's first count[b] >= 1 new tokens, up to a stop or its limit; none if it is done."""
+        rows, index = jnp.arange(len(new))[:, None], jnp.arange(new.shape[1])
+        taken = ~self.done[:, None] & (index < jnp.minimum(count, self.limit - self.emitted)[:, None])
+        stop = taken & (new[:, :, None] == self.stop_ids).any(axis=2)
+        taken &= jnp.cumsum(stop, axis=1) - stop == 0  # a stop token is taken, and none after it
+        number = taken.sum(axis=1, dtype=jnp.int32)
+        newest = jnp.take_along_axis(new, jnp.maximum(number - 1, 0)[:, None], axis=1)[:, 0]
+        slots = jnp.where(taken, self.emitted[:, None] + index, self.tokens.shape[1])  # out of range: dropped
+        emitted = self.emitted + number
         return self.replace(
-            last=token,
-            tokens=self.tokens.at[rows, slot].set(token, mode="drop"),
+            last=jnp.where(number > 0, newest, self.last),
+            tokens=self.tokens.at[rows, slots].set(new, mode="drop"),
             emitted=emitted,
-            done=self.done | stopped | (emitted >= self.limit),
-            seen=None if self.seen is None else self.seen.at[rows, token].set(True),
+            done=self.done | stop.any(axis=1) | (emitted >= self.limit),
+            seen=None
+            if self.seen is None
+            else self.seen.at[rows, jnp.where(taken, new, self.seen.shape[1])].set(True, mode="drop"),
         )
 
     def replace(self, **changes) -> "State":
@@ -53,6 +64,13 @@ class State(nnx.Module):
 @runtime_checkable
 class Decoder(Protocol):
     """A strategy that turns a prefilled cache into tokens."""
+
+    @property
+    def lookahead(self) -> int:
+        """How many tokens beyond those that a row keeps a step may feed, and rewind."""
+
+    def prepare(self, rows: Sequence[Sequence[int]], slots: int) -> Any:
+        """Return what the state starts with as `own`, for prompts that a cache of `slots` slots holds; on the host."""
 
     def init(
         self,
@@ -68,6 +86,11 @@ class Decoder(Protocol):
 @nnx.dataclass
 class Autoregressive(nnx.Module):
     """One forward pass a token."""
+
+    lookahead: ClassVar[int] = 0
+
+    def prepare(self, rows: Sequence[Sequence[int]], slots: int) -> None:
+        """Nothing: a step reads the cache and the last token alone."""
 
     def init(self, logits: Float[Array, "B V"], state: State) -> State:
         """Emit the first token."""

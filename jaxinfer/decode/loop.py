@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,8 @@ def prefill(
     return cache, logits
 
 
-@functools.partial(jax.jit, static_argnames=("room",), donate_argnames=("cache",))
-def _start(decoder, cache, logits, limit, stop_ids, sampling, seeds, seen, room):
+@functools.partial(jax.jit, static_argnames=("room",), donate_argnames=("cache", "own"))
+def _start(decoder, cache, logits, limit, stop_ids, sampling, seeds, seen, own, room):
     B = logits.shape[0]
     zeros = jnp.zeros((B,), jnp.int32)
     state = State(
@@ -77,6 +78,7 @@ def _start(decoder, cache, logits, limit, stop_ids, sampling, seeds, seen, room)
         sampling=sampling,
         rng=jax.vmap(jax.random.key)(seeds),
         seen=seen,
+        own=own,
     )
     return decoder.init(logits, state)
 
@@ -91,11 +93,13 @@ def start(
     sampling: Sampling,
     seeds: Int[np.ndarray, "B"],
     seen: Bool[np.ndarray, "B V"] | None,
+    own: Any = None,
 ) -> State:
-    """Return the state after the first token of every row whose limit is above 0."""
+    """Return the state after the first token of every row whose limit is above 0; `own` is what `prepare` gave."""
     room = max(64, 1 << (int(limit.max()) - 1).bit_length())
     stop = np.array(sorted(stop_ids), np.int32)
-    return _start(decoder, cache, logits, limit.astype(np.int32), stop, sampling, seeds.astype(np.uint32), seen, room)
+    limit, seeds = limit.astype(np.int32), seeds.astype(np.uint32)
+    return _start(decoder, cache, logits, limit, stop, sampling, seeds, seen, own, room)
 
 
 advance = jax.jit(run, donate_argnums=2)

@@ -64,12 +64,14 @@ def rejection(
     tokens: Int[Array, "B N"],
     parents: Sequence[int],
     replacement: bool = True,
+    count: Int[Array, "B"] | None = None,
 ) -> Law:
     """Return the law of speculative sampling; exact.
 
     Siblings are tried in order: one is kept with probability min(1, p(x) / q(x)), or else p becomes (p - q)+,
     normalized, for the next. `q` None says that the children are no draws but certain (prompt lookup); `replacement`
-    whether siblings are independent draws, or each without the tokens of those before it. (2211.17192, 2302.01318;
+    whether siblings are independent draws, or each without the tokens of those before it. Of row b only the first
+    count[b] drafted nodes are there (default all). (2211.17192, 2302.01318;
     trees: SpecInfer, 2305.09781.)
     """
     _check(parents, tokens.shape[1])
@@ -80,35 +82,48 @@ def rejection(
         drafter = None if q is None else q[:, node]
         for child in (i for i in range(1, len(parents)) if parents[i] == node):
             token = tokens[:, child]
+            there = jnp.ones(len(tokens), bool) if count is None else child <= count
             kept = _ratio(_at(target, token), jnp.ones(len(tokens)) if drafter is None else _at(drafter, token))
+            kept = jnp.where(there, kept, 0)
             reached[child] = reached[node] * left * kept
             left *= 1 - kept
             if drafter is None:
-                target = _normalized(_without(target, token), target)
+                rest = _normalized(_without(target, token), target)
             else:
-                target = _normalized(jnp.maximum(target - drafter, 0), target)
+                rest = _normalized(jnp.maximum(target - drafter, 0), target)
+            target = jnp.where(there[:, None], rest, target)
+            if drafter is not None:
                 drafter = drafter if replacement else _normalized(_without(drafter, token), drafter)
         last.append(reached[node] * left)
         following.append(target)
     return Law(jnp.stack(last, axis=1), jnp.stack(following, axis=1))
 
 
-def block(p: Float[Array, "B N V"], q: Float[Array, "B N V"] | None, tokens: Int[Array, "B N"]) -> Law:
+def block(
+    p: Float[Array, "B N V"],
+    q: Float[Array, "B N V"] | None,
+    tokens: Int[Array, "B N"],
+    count: Int[Array, "B"] | None = None,
+) -> Law:
     """Return the law of block verification of a chain; exact, and keeps at least as many tokens as `rejection`.
+
+    Of row b only the first count[b] drafted nodes are there (default all).
 
     With w_0 = 1 and w_i = min(1, w_{i-1} p(x_i) / q(x_i)), node i > 0 may be the last one with probability
     h_i = S_i / (S_i + 1 - w_i), S_i = sum_x (w_i p(x) - q(x))+, and h = w at the end: the last that may is.
     (Block Verification Accelerates Speculative Decoding, 2403.10444.)
     """
-    count = tokens.shape[1]
+    nodes = tokens.shape[1]
+    count = jnp.full(len(tokens), nodes - 1) if count is None else count
     weight, last, following = jnp.ones(len(tokens)), [], []
-    for node in range(count):
+    for node in range(nodes):
         target = p[:, node]
         if node:
             before = _at(p[:, node - 1], tokens[:, node])
             drawn = jnp.ones_like(weight) if q is None else _at(q[:, node - 1], tokens[:, node])
             weight = jnp.minimum(1, weight * jnp.where(drawn > 0, before / jnp.where(drawn > 0, drawn, 1), 0))
-        if node == count - 1:
+        ends = node == count
+        if node == nodes - 1:
             may, rest = weight, target
         else:
             scaled = weight[:, None] * target
@@ -120,6 +135,9 @@ def block(p: Float[Array, "B N V"], q: Float[Array, "B N V"] | None, tokens: Int
                 rest = jnp.maximum(scaled - q[:, node], 0)
             total = rest.sum(axis=1)
             may = jnp.where(total + 1 - weight > 0, total / jnp.where(total + 1 - weight > 0, total + 1 - weight, 1), 1)
+            # Where no draft follows, the node is the end of its chain; what is past an end may not be the last one.
+            may, rest = jnp.where(ends, weight, may), jnp.where(ends[:, None], target, rest)
+        may = jnp.where(node <= count, may, 0)
         last = [x * (1 - may) for x in last] + [may if node else jnp.ones_like(may)]
         following.append(_normalized(rest, target))
     return Law(jnp.stack(last, axis=1), jnp.stack(following, axis=1))

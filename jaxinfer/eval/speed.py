@@ -86,7 +86,8 @@ def _one_round(program: Program, prompt: Sequence[int], new_tokens: int, batch: 
     begin = time.perf_counter()
     cache = loop.empty_cache(program.model, batch, slots)
     cache, logits = loop.prefill(program.model, cache, rows)
-    logits.block_until_ready()
+    own = program.decoder.prepare(rows, slots)
+    jax.block_until_ready((logits, own))
     filled = time.perf_counter()
     state = loop.start(
         program.decoder,
@@ -97,6 +98,7 @@ def _one_round(program: Program, prompt: Sequence[int], new_tokens: int, batch: 
         sampling=Sampling(),
         seeds=np.arange(batch),
         seen=None,
+        own=own,
     )
     first = int(np.asarray(state.emitted).sum())
     started = time.perf_counter()

@@ -1,0 +1,49 @@
+"""Prompt lookup: what followed the last few tokens when they came before (2304.04487; LLMA)."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int, Key
+
+from jaxinfer.decode.base import State
+from jaxinfer.decode.speculative import Draft, Known
+from jaxinfer.errors import InputError
+
+
+@nnx.dataclass
+class NGram(nnx.Module):
+    """The longest suffix of the text, of `least` to `most` tokens, that has come before: the latest place counts."""
+
+    length: int = nnx.static(default=7, kw_only=True)
+    most: int = nnx.static(default=4, kw_only=True)
+    least: int = nnx.static(default=2, kw_only=True)
+
+    def __post_init__(self):
+        if not (self.length >= 1 and 1 <= self.least <= self.most):
+            raise InputError(
+                f"length={self.length}, least={self.least}, most={self.most}: must be at least 1, and least <= most"
+            )
+
+    def prepare(self, rows: Sequence[Sequence[int]], slots: int) -> None:
+        """Nothing: all that it needs is known."""
+
+    def propose(self, own: None, known: Known, state: State, keys: Key[Array, "B"]) -> tuple[Draft, None]:
+        """Return what followed; of text that repeats itself, round and round. No tokens where nothing matches."""
+        tokens, n = known.tokens, known.length[:, None]
+        ends = jnp.arange(tokens.shape[1])  # of earlier matches: the token at an end is the first that followed
+        same = jnp.ones(tokens.shape, bool)
+        matched = jnp.zeros(tokens.shape, jnp.int32)
+        for k in range(1, self.most + 1):
+            newest = jnp.take_along_axis(tokens, jnp.maximum(n - k, 0), axis=1)
+            before = jnp.pad(tokens, ((0, 0), (k, 0)), constant_values=-1)[:, : tokens.shape[1]]
+            same &= (before == newest) & (ends < n)
+            matched += same
+        best = jnp.argmax(matched * tokens.shape[1] + ends, axis=1)[:, None]  # the longest, and of those the latest
+        found = jnp.take_along_axis(matched, best, axis=1) >= self.least
+        period = jnp.maximum(n - best, 1)
+        drafted = jnp.take_along_axis(tokens, best + jnp.arange(self.length) % period, axis=1)
+        return Draft(drafted, jnp.where(found[:, 0], self.length, 0), None), None
+
+    def settle(self, own: None, length: Int[Array, "B"]) -> None:
+        """Nothing to forget."""
