@@ -181,3 +181,29 @@ def test_draws_follow_the_law():
 def test_parents_that_are_no_tree_are_refused(parents):
     with pytest.raises(InputError, match="must be -1 and then, for 3 nodes"):
         rejection(jnp.ones((1, 3, 2)), None, jnp.zeros((1, 3), jnp.int32), parents)
+
+
+@pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize("verify", [block, functools.partial(rejection, parents=chain(3))], ids=["block", "rejection"])
+def test_a_shorter_draft_is_as_if_the_rest_were_not_there(verify, certain):
+    rng = np.random.default_rng(0)
+    p, q = (jnp.asarray(rng.dirichlet(np.ones(4), (5, 4)), jnp.float32) for _ in range(2))
+    tokens, q = jnp.asarray(rng.integers(4, size=(5, 4)), jnp.int32), None if certain else q
+    count = jnp.asarray([0, 1, 2, 3, 1])
+    found = verify(p, q, tokens, count=count)
+    for row, n in enumerate(count.tolist()):
+        cut = (slice(row, row + 1), slice(n + 1))
+        own = {"parents": chain(n)} if verify is not block else {}
+        expected = getattr(verify, "func", verify)(p[cut], None if certain else q[cut], tokens[cut], **own)
+        np.testing.assert_allclose(found.last[row], np.pad(expected.last[0], (0, 3 - n)), atol=1e-6)
+        np.testing.assert_allclose(found.following[row, : n + 1], expected.following[0], atol=1e-6)
+
+
+def test_rounding_never_makes_a_probability_negative():
+    """Draft and target differ in a last bit, as those of one model do."""
+    p = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (2000, 5, 8)))
+    q = p * (1 + 1e-6 * jax.random.normal(jax.random.key(1), p.shape))
+    tokens = jax.random.categorical(jax.random.key(2), jnp.log(q)).astype(jnp.int32)
+    for law in (jax.jit(block)(p, q, tokens), jax.jit(rejection, static_argnums=3)(p, q, tokens, chain(4))):
+        assert float(law.last.min()) >= 0 and float(law.following.min()) >= 0
+        assert float(law.last[:, -1].min()) > 0.999

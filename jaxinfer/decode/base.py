@@ -37,7 +37,7 @@ class State(nnx.Module):
         return self.emit_some(token[:, None], jnp.ones_like(token))
 
     def emit_some(self, new: Int[Array, "B n"], count: Int[Array, "B"]) -> "State":
-        """Return the state with row b's first count[b] >= 1 new tokens, up to a stop or its limit; none if it is done."""
+        """Return the state with the first count[b] >= 1 new tokens of rows that are not done, up to a stop or limit."""
         rows, index = jnp.arange(len(new))[:, None], jnp.arange(new.shape[1])
         taken = ~self.done[:, None] & (index < jnp.minimum(count, self.limit - self.emitted)[:, None])
         stop = taken & (new[:, :, None] == self.stop_ids).any(axis=2)

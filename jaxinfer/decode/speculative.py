@@ -93,9 +93,7 @@ class Speculative(nnx.Module):
         """Draft, check, emit what stands and one token more, and forget the rest."""
         own = state.own
         keys = jax.vmap(jax.random.fold_in)(state.rng, state.emitted)
-        draft, drafter = self.drafter.propose(
-            own.drafter, own.known, state, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-        )
+        draft, drafter = self.drafter.propose(own.drafter, own.known, state, _fold(keys, 1))
         # A row never feeds more than it may emit: its cache has no room for it.
         count = jnp.where(state.done, 0, jnp.minimum(draft.count, state.limit - state.emitted - 1))
 
@@ -137,7 +135,11 @@ class Speculative(nnx.Module):
             law = verification.block(p, q, fed, count)
         else:
             law = verification.rejection(p, q, fed, verification.chain(nodes - 1), count=count)
-        return law.draw(jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
+        return law.draw(_fold(keys, 0))
+
+
+def _fold(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def _emit(state: State, new: Int[Array, "B n"], count: Int[Array, "B"]) -> State:

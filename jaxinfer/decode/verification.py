@@ -134,7 +134,8 @@ def block(
             else:
                 rest = jnp.maximum(scaled - q[:, node], 0)
             total = rest.sum(axis=1)
-            may = jnp.where(total + 1 - weight > 0, total / jnp.where(total + 1 - weight > 0, total + 1 - weight, 1), 1)
+            least = total + (1 - weight)  # in this order it is not below the total, whose share can't be above 1
+            may = jnp.where(least > 0, total / jnp.where(least > 0, least, 1), 1)
             # Where no draft follows, the node is the end of its chain; what is past an end may not be the last one.
             may, rest = jnp.where(ends, weight, may), jnp.where(ends[:, None], target, rest)
         may = jnp.where(node <= count, may, 0)

@@ -29,6 +29,10 @@ class NGram(nnx.Module):
         """Nothing: all that it needs is known."""
 
     def propose(self, own: None, known: Known, state: State, keys: Key[Array, "B"]) -> tuple[Draft, None]:
+        """Return what followed in the text."""
+        return self.lookup(known), None
+
+    def lookup(self, known: Known) -> Draft:
         """Return what followed; of text that repeats itself, round and round. No tokens where nothing matches."""
         tokens, n = known.tokens, known.length[:, None]
         ends = jnp.arange(tokens.shape[1])  # of earlier matches: the token at an end is the first that followed
@@ -43,7 +47,7 @@ class NGram(nnx.Module):
         found = jnp.take_along_axis(matched, best, axis=1) >= self.least
         period = jnp.maximum(n - best, 1)
         drafted = jnp.take_along_axis(tokens, best + jnp.arange(self.length) % period, axis=1)
-        return Draft(drafted, jnp.where(found[:, 0], self.length, 0), None), None
+        return Draft(drafted, jnp.where(found[:, 0], self.length, 0), None)
 
     def settle(self, own: None, length: Int[Array, "B"]) -> None:
         """Nothing to forget."""

@@ -1,0 +1,230 @@
+"""Speculative decoding gives what the target gives: the same tokens when greedy, and the same law when sampled."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import random_program, tiny_config
+from scipy import stats
+from test_decode import compilations
+
+from jaxinfer.decode.drafters.model import DraftModel
+from jaxinfer.decode.drafters.ngram import NGram
+from jaxinfer.decode.sampling import Sampling
+from jaxinfer.decode.speculative import Known, Speculative
+from jaxinfer.errors import InputError
+from jaxinfer.generation import generate, logits
+from jaxinfer.passes import apply
+from jaxinfer.program import Program
+from jaxinfer.session import Session
+
+PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [9], list(range(3, 43)), [7, 8] * 7]
+CACHES = {"dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",)}
+NAMES = ("itself", "rounded", "short_cache", "random", "ngram")
+
+
+@functools.cache
+def target(cache: str = "dense") -> Program:
+    return apply(random_program(tiny_config()), *CACHES[cache])
+
+
+@functools.cache
+def drafters() -> dict[str, object]:
+    """Return drafters that are always right, often, and hardly ever."""
+    program = target()
+    other = random_program(tiny_config(num_layers=1, windows=(None,)), seed=5)
+    return {
+        "itself": DraftModel(program.model, length=3),
+        "rounded": DraftModel(apply(program, "int8").model, length=4),
+        "short_cache": DraftModel(apply(program, "kv_int4:group=4,residual=0").model, length=1),
+        "random": DraftModel(other.model, length=5),
+        "ngram": NGram(least=1, length=6),
+    }
+
+
+def speculate(program: Program, drafter: object, **options) -> Program:
+    return program.replace(decoder=Speculative(drafter, **options))
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_gives_the_targets_tokens(name, cache, penalty):
+    program = target(cache)
+    options = dict(max_new_tokens=50, stop_ids=(), repetition_penalty=penalty)
+    expected = generate(program, PROMPTS, **options)
+    found = generate(speculate(program, drafters()[name]), PROMPTS, **options)
+    for row in np.flatnonzero((found.tokens != expected.tokens).any(axis=1)):  # a tie, or an error: the scores tell
+        first = int((found.tokens[row] != expected.tokens[row]).argmax())
+        text = [*PROMPTS[row], *expected.tokens[row, :first].tolist()]
+        scores = np.asarray(logits(program, jnp.asarray([text])))[0, -1]
+        gap = abs(scores[found.tokens[row, first]] - scores[expected.tokens[row, first]])
+        assert gap <= 1e-3, f"row {row}, token {first}: the two tokens' scores differ by {gap}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_limits_and_stops_are_those_of_plain_decoding(name):
+    program = target()
+    fast = speculate(program, drafters()[name])
+    free = generate(program, PROMPTS, max_new_tokens=20, stop_ids=())
+    stop = int(free.tokens[2, 4])
+    for options in (dict(max_new_tokens=1), dict(max_new_tokens=2), dict(max_new_tokens=20, stop_ids=[stop])):
+        expected, found = (generate(p, PROMPTS, **{"stop_ids": (), **options}) for p in (program, fast))
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        assert found.lengths.tolist() == expected.lengths.tolist() and found.stopped == expected.stopped
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("verifier", ["rejection", "block"])
+def test_a_draft_that_is_the_target_is_kept_whole(verifier, temperature):
+    length, steps = 3, 6
+    program = speculate(target(), DraftModel(target().model, length=length), verifier=verifier)
+    session = Session(program, len(PROMPTS))
+    session.feed(PROMPTS)
+    new = 1 + steps * (length + 1)
+    sampling = Sampling.of(temperature=temperature)
+    assert sum(len(x[0]) for x in session.decode(new, stop_ids=(), sampling=sampling)) == new
+    assert session.steps == [steps] * len(PROMPTS)
+
+
+def test_rows_do_not_depend_on_their_batch():
+    program = speculate(target(), drafters()["rounded"])
+    options = dict(max_new_tokens=24, temperature=0.9, top_k=30, top_p=0.95, stop_ids=())
+    together = generate(program, PROMPTS, seed=[4, 5, 6, 7], **options)
+    for row in (0, 2):
+        alone = generate(program, [PROMPTS[row]], seed=[4 + row], **options)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+@pytest.mark.parametrize("name", ["rounded", "ngram"])
+def test_a_session_goes_on_after_it(name):
+    session, plain = (Session(p) for p in (speculate(target(), drafters()[name]), target()))
+    row = PROMPTS[0]
+    for _ in range(3):
+        answers = []
+        for s in (session, plain):
+            s.feed([row])
+            answers.append([t for new in s.decode(9, stop_ids=()) for t in new[0]])
+        assert answers[0] == answers[1]
+        assert session.rows == plain.rows
+        row = [*row, *answers[0], 11, 12]
+
+
+def test_nothing_is_compiled_twice():
+    program = speculate(target(), drafters()["rounded"])
+    generate(program, PROMPTS, max_new_tokens=8)
+    with compilations() as found:
+        generate(program, [p[::-1] for p in PROMPTS], max_new_tokens=8, seed=3)
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ([1, 2, 3, 4, 9, 9, 2, 3], {}, [4, 9, 9, 2]),
+        ([1, 2, 3, 4, 5, 2, 3, 6, 1, 2, 3], {}, [4, 5, 2, 3]),  # the longest match, not the latest
+        ([5, 2, 3, 6, 7, 2, 3, 8, 9, 2, 3], {}, [8, 9, 2, 3]),  # of equals the latest
+        ([7, 8, 7, 8, 7, 8], {}, [7, 8, 7, 8]),  # a text that repeats itself goes on
+        ([1, 2, 3, 4], {}, None),
+        ([1, 2, 3, 2], {}, None),  # one token is too little
+        ([1, 2, 3, 2], {"least": 1}, [3, 2, 3, 2]),
+        ([4], {"least": 1}, None),
+    ],
+)
+def test_prompt_lookup(text, options, expected):
+    tokens = jnp.asarray([text + [0] * 4, ([1, 2] * 8)[: len(text) + 4]], jnp.int32)  # what is past a row means nothing
+    known = Known(tokens, jnp.asarray([len(text), 5], jnp.int32))
+    draft = NGram(length=4, **options).lookup(known)
+    assert draft.count.tolist() == [0 if expected is None else 4, 4] and draft.laws is None
+    assert expected is None or draft.tokens[0].tolist() == expected
+    assert draft.tokens[1].tolist() == [2, 1, 2, 1]
+
+
+def law_of(program: Program, prompt: list[int], depth: int, sampling: dict) -> dict[tuple[int, ...], float]:
+    """Return the probability of the outputs whose own is above 1e-5, by enumeration."""
+    draws, found = Sampling.of(**sampling), {(): 1.0}
+    for _ in range(depth):
+        scores = np.asarray(logits(program, jnp.asarray([prompt + list(x) for x in found])))[:, -1]
+        laws = np.asarray(jax.nn.softmax(draws.adjust(jnp.asarray(scores), None), axis=1), np.float64)
+        found = {
+            (*x, y): p * law[y]
+            for (x, p), law in zip(found.items(), laws, strict=True)
+            for y in np.flatnonzero(p * law > 1e-5).tolist()
+        }
+    return found
+
+
+def assert_samples_have_law(program: Program, prompt: list[int], law: dict, count: int, sampling: dict) -> None:
+    """Chi-square of the first tokens of `count` samples; outcomes that are expected less than 10 times count as one."""
+    depth, batch = len(next(iter(law))), 2000
+    seen: dict[tuple[int, ...], int] = {}
+    for i in range(count // batch):
+        options = dict(max_new_tokens=depth + 2, seed=i * batch, stop_ids=(), **sampling)
+        tokens = generate(program, [prompt] * batch, **options).tokens[:, :depth]
+        for x, n in zip(*np.unique(tokens, axis=0, return_counts=True), strict=True):
+            seen[tuple(x.tolist())] = seen.get(tuple(x.tolist()), 0) + int(n)
+    cells = [x for x, p in law.items() if p * count >= 10]
+    observed, expected = [seen.get(x, 0) for x in cells], [law[x] * count for x in cells]
+    rest = count - sum(expected)
+    if rest > 1:
+        observed, expected = [*observed, count - sum(observed)], [*expected, rest]
+    else:
+        assert sum(observed) == count
+        expected = [x * count / sum(expected) for x in expected]
+    assert len(cells) > 5
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "verifier", "sampling"),
+    [
+        *itertools.product(["rounded", "random"], ["rejection", "block"], [{"temperature": 1.0}]),
+        ("random", "block", {"temperature": 1.3, "top_k": 3}),
+        ("ngram", "block", {"temperature": 0.8, "min_p": 0.1}),
+        ("ngram", "rejection", {"temperature": 1.0}),
+    ],
+)
+def test_samples_have_the_targets_law(name, verifier, sampling):
+    """Of all outputs of three tokens of five: exact, by enumeration of the target."""
+    program = random_program(tiny_config(vocab_size=5))
+    other = random_program(tiny_config(vocab_size=5, num_layers=1, windows=(None,)), seed=5)
+    drafter = {
+        "rounded": DraftModel(apply(program, "int8").model, length=2),
+        "random": DraftModel(other.model, length=3),
+        "ngram": NGram(length=3, least=1),
+    }[name]
+    prompt = [1, 2, 3, 1, 2]
+    fast = speculate(program, drafter, verifier=verifier)
+    assert_samples_have_law(fast, prompt, law_of(program, prompt, 3, sampling), 20_000, sampling)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
+def test_samples_of_a_trained_model_have_its_law(stories, sampling):
+    fast = speculate(stories, DraftModel(apply(stories, "int4:group=43").model, length=3))
+    prompt = stories.tokenizer.encode("He")
+    assert_samples_have_law(fast, prompt, law_of(stories, prompt, 3, sampling), 100_000, sampling)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NGram(least=3, most=2), "least=3, most=2"),
+        (lambda: DraftModel(target().model, length=0), "length=0"),
+        (
+            lambda: generate(speculate(target("kv_int4"), NGram(length=60)), [[1] * 40], max_new_tokens=250),
+            "drafts of 60 tokens: the cache can only be rewound by",
+        ),
+        (
+            lambda: generate(
+                speculate(target(), DraftModel(target("kv_int4").model, length=60)), [[1] * 40], max_new_tokens=250
+            ),
+            "the draft's cache can only be rewound by",
+        ),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
