@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxinfer.passes.calibration import Calibration
     from jaxinfer.program import Program, chain
     from jaxinfer.session import Session
+    from jaxinfer.speculation import speculative
 
 __version__ = "0.1.0"
 
@@ -31,10 +32,11 @@ _HOME = {
     "Program": "program",
     "chain": "program",
     "Session": "session",
+    "speculative": "speculation",
 }
 __all__ = [  # noqa: RUF022 - in the order of use
     "load", "apply", "Calibration", "save", "generate_text", "stream_text", "generate", "Generation", "logits",
-    "perplexity", "Program", "chain", "Session", "InputError",
+    "perplexity", "Program", "chain", "speculative", "Session", "InputError",
 ]  # fmt: skip
 
 

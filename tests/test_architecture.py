@@ -19,7 +19,7 @@ RANKS = [
     ["jaxinfer.decode"],
     ["jaxinfer.program"],
     ["jaxinfer.passes"],
-    ["jaxinfer.device", "jaxinfer.session", "jaxinfer.generation", "jaxinfer.loading"],
+    ["jaxinfer.device", "jaxinfer.session", "jaxinfer.generation", "jaxinfer.loading", "jaxinfer.speculation"],
     ["jaxinfer.train", "jaxinfer.sharding", "jaxinfer.plan", "jaxinfer.eval"],
     ["jaxinfer.configuration", "jaxinfer.cli", "jaxinfer"],
 ]

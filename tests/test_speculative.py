@@ -20,6 +20,7 @@ from jaxinfer.generation import generate, logits
 from jaxinfer.passes import apply
 from jaxinfer.program import Program
 from jaxinfer.session import Session
+from jaxinfer.speculation import speculative
 
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [9], list(range(3, 43)), [7, 8] * 7]
 CACHES = {"dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",)}
@@ -111,6 +112,26 @@ def test_a_session_goes_on_after_it(name):
         assert answers[0] == answers[1]
         assert session.rows == plain.rows
         row = [*row, *answers[0], 11, 12]
+
+
+def test_any_program_or_drafter_is_a_draft(stories):
+    options = dict(max_new_tokens=40, stop_ids=())
+    rows = [stories.tokenizer.encode(text) for text in ("Once upon a time", "Tom and Tom and")]
+    expected = generate(stories, rows, **options).tokens
+    for draft, length in ((apply(stories, "int8"), 5), ("ngram", 3), (NGram(least=1), None)):
+        program = speculative(stories, draft, length=length, verifier="rejection")
+        assert program.decoder.verifier == "rejection" and program.decoder.lookahead == (length or 7)
+        np.testing.assert_array_equal(generate(program, rows, **options).tokens, expected)
+    other = stories.replace(tokenizer=_Other())
+    with pytest.raises(InputError, match=r"token 0 is .* and 'x' in the draft: a draft must have the same"):
+        speculative(stories, other)
+
+
+class _Other:
+    """Every token is x."""
+
+    def decode(self, ids, skip_special=True):
+        return "x"
 
 
 def test_nothing_is_compiled_twice():
@@ -213,6 +234,10 @@ def test_samples_of_a_trained_model_have_its_law(stories, sampling):
     [
         (lambda: NGram(least=3, most=2), "least=3, most=2"),
         (lambda: DraftModel(target().model, length=0), "length=0"),
+        (lambda: speculative(target(), "ngrm"), "no drafter 'ngrm'.*ngram"),
+        (lambda: speculative(target(), verifier="blok"), "verifier='blok'"),
+        (lambda: speculative(target(), NGram(), length=3), "length=3: the drafter has its own"),
+        (lambda: speculative(target(), random_program(tiny_config(vocab_size=5))), "the draft has 5 tokens"),
         (
             lambda: generate(speculate(target("kv_int4"), NGram(length=60)), [[1] * 40], max_new_tokens=250),
             "drafts of 60 tokens: the cache can only be rewound by",
