@@ -2,7 +2,7 @@
 
 from jaxinfer.decode.drafters.model import DraftModel
 from jaxinfer.decode.drafters.ngram import NGram
-from jaxinfer.decode.speculative import Drafter, Speculative, Verifier
+from jaxinfer.decode.speculative import Drafter, Speculative
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.program import Program
 
@@ -14,7 +14,7 @@ def speculative(
     draft: Program | Drafter | str = "ngram",
     *,
     length: int | None = None,
-    verifier: Verifier = "block",
+    verifier: str = "block",
 ) -> Program:
     """Return the program with drafts: of a program (another, or this one under passes), or of a drafter by name.
 

@@ -21,6 +21,7 @@ from jaxinfer.passes import apply
 from jaxinfer.program import Program
 from jaxinfer.session import Session
 from jaxinfer.speculation import speculative
+from jaxinfer.text.tokenizer import Tokenizer
 
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [9], list(range(3, 43)), [7, 8] * 7]
 CACHES = {"dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",)}
@@ -127,8 +128,11 @@ def test_any_program_or_drafter_is_a_draft(stories):
         speculative(stories, other)
 
 
-class _Other:
+class _Other(Tokenizer):
     """Every token is x."""
+
+    def __init__(self):
+        pass
 
     def decode(self, ids, skip_special=True):
         return "x"
