@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from jaxinfer.decode import loop
