@@ -61,6 +61,11 @@ class Speculation(nnx.Module):
     known: Known = nnx.data()
     drafter: Any = nnx.data()
     steps: Int[Array, "B"] = nnx.data()  # that each row has taken part in
+    checks: Int[Array, ""] = nnx.data()  # steps in which some row had a draft
+
+    def replace(self, **changes) -> "Speculation":
+        """Return one with some fields changed."""
+        return Speculation(**{**{name: getattr(self, name) for name in Speculation.__annotations__}, **changes})
 
 
 @nnx.dataclass
@@ -82,7 +87,7 @@ class Speculative(nnx.Module):
             tokens[b, : len(row)] = row
         length = jnp.asarray([len(row) for row in rows], jnp.int32)
         known = Known(jnp.asarray(tokens), length)
-        return Speculation(known, self.drafter.prepare(rows, slots), jnp.zeros_like(length))
+        return Speculation(known, self.drafter.prepare(rows, slots), jnp.zeros_like(length), jnp.int32(0))
 
     def init(self, logits: Float[Array, "B V"], state: State) -> State:
         """Emit the first token."""
@@ -114,7 +119,8 @@ class Speculative(nnx.Module):
             out = check(draft)
         spec = out.own
         drafter = self.drafter.settle(drafter, spec.known.length)
-        return out.replace(own=Speculation(spec.known, drafter, spec.steps + ~state.done))
+        checks = spec.checks + (count > 0).any()
+        return out.replace(own=spec.replace(drafter=drafter, steps=spec.steps + ~state.done, checks=checks))
 
     def _judge(self, logits, fed, count, laws, state, keys) -> tuple[Array, Array]:
         """Return how many drafted tokens stand, and the token after them."""
@@ -150,4 +156,5 @@ def _emit(state: State, new: Int[Array, "B n"], count: Int[Array, "B"]) -> State
     C = known.tokens.shape[1]
     slots = jnp.where(index < number[:, None], known.length[:, None] + index, C)
     tokens = known.tokens.at[jnp.arange(len(new))[:, None], slots].set(new, mode="drop")
-    return out.replace(own=Speculation(Known(tokens, known.length + number), state.own.drafter, state.own.steps))
+    known = Known(tokens, known.length + number)
+    return out.replace(own=state.own.replace(known=known))
