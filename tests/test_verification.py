@@ -179,7 +179,7 @@ def test_draws_follow_the_law():
 
 @pytest.mark.parametrize("parents", [(0, 0, 1), (-1, 1, 0), (-1, 0)])
 def test_parents_that_are_no_tree_are_refused(parents):
-    with pytest.raises(InputError, match="must be -1 and then, for 3 nodes"):
+    with pytest.raises(InputError, match="must be -1 and then, for"):
         rejection(jnp.ones((1, 3, 2)), None, jnp.zeros((1, 3), jnp.int32), parents)
 
 

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from jaxinfer.ops.token_tree import TokenTree
+
 
 @runtime_checkable
 class LayerCache(Protocol):
@@ -38,8 +40,9 @@ class LayerCache(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
+        tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T N H"], "LayerCache"]:
-        """Attend from queries at absolute `positions`, of which a negative one is padding.
+        """Attend from queries at absolute `positions`, of which a negative one is padding; with `tree` from its nodes.
 
         The cache that comes back is the one to append to next: some caches let go, once they have been read, of what
         only this chunk's queries needed, or learn from what the queries looked at.
@@ -47,6 +50,12 @@ class LayerCache(Protocol):
 
     def rewind(self, length: Int[Array, "B"]) -> "LayerCache":
         """Return a cache that has forgotten every position >= length[b] of row b."""
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "LayerCache":
+        """Return a cache in which a path of the tree that was appended last follows position start[b] - 1, and no more.
+
+        nodes[b, :counts[b]] are its nodes, the root first; node i was appended i slots after start[b].
+        """
 
 
 @runtime_checkable
@@ -73,3 +82,11 @@ class Cache(nnx.Module):
         """Return a cache in which row b has only its first min(length[b], self.length[b]) tokens."""
         length = jnp.minimum(self.length, length)
         return Cache(length=length, layers=[layer.rewind(length) for layer in self.layers])
+
+    def longer(self, counts: Int[Array, "B"]) -> "Cache":
+        """Return the cache with counts[b] more tokens in row b: those that its layers hold already."""
+        return Cache(length=self.length + counts, layers=self.layers)
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "Cache":
+        """Return a cache of row b's first start[b] tokens and the path nodes[b, :counts[b]] of the tree after them."""
+        return Cache(length=start + counts, layers=[layer.keep(start, nodes, counts) for layer in self.layers])

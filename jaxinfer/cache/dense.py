@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxinfer.cache.slots import write
+from jaxinfer.cache.slots import move, write
 from jaxinfer.ops.attention import attention
+from jaxinfer.ops.token_tree import TokenTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,15 @@ class DenseLayer(nnx.Module):
         scale: float,
         window: int | None,
         softcap: float | None,
+        tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T N H"], "DenseLayer"]:
         """Attend over the live slots."""
-        return attention(q, self.k, self.v, positions, scale=scale, window=window, softcap=softcap), self
+        return attention(q, self.k, self.v, positions, scale=scale, window=window, softcap=softcap, tree=tree), self
 
     def rewind(self, length: Int[Array, "B"]) -> "DenseLayer":
         """Nothing to do: a slot past the length is masked by its position and overwritten by the next append."""
         return self
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "DenseLayer":
+        """Move the path's tokens to the slots of their positions."""
+        return jax.tree.map(lambda store: move(store, start, nodes, counts), self)

@@ -26,6 +26,7 @@ from jaxinfer.ops.attention import (
     visible,
 )
 from jaxinfer.ops.online_attention import merge
+from jaxinfer.ops.token_tree import TokenTree
 
 SLACK = 32  # tokens that a row can be rewound by, at least
 TILE = 16  # groups whose scales fill a tile of a TPU's memory: the kernel reads whole ones
@@ -130,24 +131,30 @@ class KiviLayer(nnx.Module):
         scale: float,
         window: int | None,
         softcap: float | None,
+        tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T N H"], "KiviLayer"]:
         """Attend over the packed groups, a block of them at a time, and over the recent tokens."""
         if self.groups is None:
-            return attention(q, self.k, self.v, positions, scale=scale, window=window, softcap=softcap), self
-        end = positions.max(axis=1) + 1 if self.chunk is None else self.chunk.start
+            options = dict(scale=scale, window=window, softcap=softcap)
+            return attention(q, self.k, self.v, positions, tree=tree, **options), self
+        if tree is not None:
+            self._check_tree(q.shape[1])
+        end = positions[:, 0] + (positions >= 0).sum(axis=1) if self.chunk is None else self.chunk.start
         held = _held(end, self.k.shape[2])
 
         def attend(q: Array, positions: Array, first: Array) -> Array:
             grouped, boundary = group_heads(q, self.k.shape[1], scale), self.kind.boundary(positions)
 
             def as_they_are(k, v, slots):
-                seen = visible(positions, slots, window) & (slots[:, None] >= boundary[..., None])
+                seen = visible(positions, slots, window, tree) & (slots[:, None] >= boundary[..., None])
                 return share(grouped, k, v, seen, softcap)
 
             found = as_they_are(self.k, self.v, held)
             if self.chunk is not None:
                 found = merge(found, as_they_are(*self._near(first)))
-            old = packed_share(q, self.groups, positions, boundary, scale=scale, window=window, softcap=softcap)
+            options = dict(scale=scale, window=window, softcap=softcap)
+            # None of a tree's nodes is packed as yet: a window is all that tells their positions from a chunk's.
+            old = packed_share(q, self.groups, positions, boundary, consecutive=tree is None, **options)
             return ungroup_heads(merge(found, old), q)
 
         return by_query_blocks(attend, q, positions), self._settled()
@@ -155,6 +162,22 @@ class KiviLayer(nnx.Module):
     def rewind(self, length: Int[Array, "B"]) -> "KiviLayer":
         """Nothing to do but to let go of the chunk: what lies past the length is masked, and written again."""
         return self._settled()
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "KiviLayer":
+        """Append the path anew, in place of the tree: groups that it completes are packed, and not what a tree left."""
+        base = self._settled()
+        at = ((start[:, None] + nodes) % self.k.shape[2])[:, None, :, None]
+        k, v = (jnp.take_along_axis(ring, at, axis=2).transpose(0, 2, 1, 3) for ring in (base.k, base.v))
+        return base.append(k, v, start, counts)._settled()
+
+    def _check_tree(self, nodes: int) -> None:
+        """Raise InputError where a tree's own nodes would be packed before they are read, or leave the ring."""
+        most = min(self.kind.residual, SLACK)
+        if nodes > most:
+            raise InputError(
+                f"a tree of {nodes} nodes: this cache of residual={self.kind.residual} takes at most {most}; "
+                "draft fewer, or keep more tokens as they are"
+            )
 
     def _near(self, first: Array) -> tuple[Array, Array, Array]:
         """Return the chunk's tokens that a block of queries may read as they are, with their positions."""

@@ -22,24 +22,28 @@ def packed_share(
     scale: float,
     window: int | None,
     softcap: float | None,
+    consecutive: bool = True,
     implementation: Implementation | None = None,
 ) -> Share:
     """Return the share of the packed tokens: query t of row b reads those before boundary[b, t], whole groups of them.
 
-    Boundaries of a row's queries, which follow on one another, don't fall.
+    A row's queries follow on one another where they are `consecutive`; no boundary is before the first one's.
 
     Raises:
         NotImplementedError: the implementation that is named can't do it; why.
     """
     options = dict(scale=scale, window=window, softcap=softcap)
-    pallas, xla = (functools.partial(f, **options) for f in (_by_kernel, _by_blocks))
+    pallas = functools.partial(_by_kernel, consecutive=consecutive, **options)
+    xla = functools.partial(_by_blocks, **options)
     return choose(implementation, pallas, xla, q, groups, positions, boundary)
 
 
-def _by_kernel(q, groups, positions, boundary, *, scale, window, softcap):
+def _by_kernel(q, groups, positions, boundary, *, consecutive, scale, window, softcap):
     T, G = q.shape[1], groups.size
     if groups.bits != 4 or min(DECODE_TOKENS, G) < T:
         raise NotImplementedError(f"{T} queries over {groups.bits}-bit codes: must be few, over codes of 4 bits")
+    if not consecutive and window is not None:
+        raise NotImplementedError("a window and queries that don't follow on one another")
     # Padding comes last, so the first query's boundary is that of no other one's padding.
     out, lse = kivi_attention.tpu(
         q, groups.k_codes, groups.v_codes, groups.k_scale, groups.k_offset, groups.v_scale, groups.v_offset,

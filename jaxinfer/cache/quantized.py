@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int8, UInt8
 
-from jaxinfer.cache.slots import write
+from jaxinfer.cache.slots import move, write
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.ops.attention import Scaled
 from jaxinfer.ops.online_attention import online_attention
+from jaxinfer.ops.token_tree import TokenTree
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest code of each type
 QType = Literal["int8", "float8_e4m3fn"]
@@ -75,14 +76,19 @@ class QuantizedLayer(nnx.Module):
         scale: float,
         window: int | None,
         softcap: float | None,
+        tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T N H"], "QuantizedLayer"]:
         """Attend over the live slots, a block of them at a time."""
         k, v = Scaled(self.k, self.k_scale), Scaled(self.v, self.v_scale)
-        return online_attention(q, k, v, positions, scale=scale, window=window, softcap=softcap), self
+        return online_attention(q, k, v, positions, scale=scale, window=window, softcap=softcap, tree=tree), self
 
     def rewind(self, length: Int[Array, "B"]) -> "QuantizedLayer":
         """Nothing to do: a slot past the length is masked by its position and overwritten by the next append."""
         return self
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "QuantizedLayer":
+        """Move the codes of the path's tokens, and their scales, to the slots of their positions."""
+        return jax.tree.map(lambda store: move(store, start, nodes, counts), self)
 
 
 def quantize(x: Float[Array, "B K T H"], qtype: QType) -> Scaled:

@@ -35,6 +35,15 @@ def write(
     return pick(store, new, jnp.arange(S)[None] - start[:, None], counts)
 
 
+def move(
+    store: Shaped[Array, "B K S *rest"], start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]
+) -> Shaped[Array, "B K S *rest"]:
+    """Return `store` with what was nodes[b, i] slots after start[b] i slots after it, for i < counts[b]."""
+    at = jnp.clip(start[:, None] + nodes, 0, store.shape[2] - 1)
+    new = jnp.take_along_axis(store, at.reshape(len(at), 1, -1, *(1,) * (store.ndim - 3)), axis=2)
+    return write(store, new, start, counts)
+
+
 def pick(
     store: Shaped[Array, "B K S *rest"],
     new: Shaped[Array, "B K T *rest"],

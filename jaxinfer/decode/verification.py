@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxinfer.errors import InputError
+from jaxinfer.ops.token_tree import TokenTree, check_parents
 
 
 class Law(NamedTuple):
@@ -47,14 +48,12 @@ def greedy(
     `best[:, i]` is the target's choice after node i, `tokens` are those of the nodes.
     """
     _check(parents, tokens.shape[1])
+    depth = TokenTree.of(parents).depth
     kept = [jnp.ones(len(tokens), bool)]
-    last = jnp.zeros(len(tokens), jnp.int32)
     for node in range(1, len(parents)):
-        # Of siblings with the same token the first one is kept.
-        twin = [kept[i] for i in range(1, node) if parents[i] == parents[node]]
-        taken = jnp.stack(twin).any(axis=0) if twin else jnp.zeros_like(kept[0])
-        kept.append(kept[parents[node]] & (tokens[:, node] == best[:, parents[node]]) & ~taken)
-        last = jnp.where(kept[-1], node, last)
+        kept.append(kept[parents[node]] & (tokens[:, node] == best[:, parents[node]]))
+    # Siblings may have the same token, and different ones after it: of all paths that stand the longest is taken.
+    last = jnp.argmax(jnp.where(jnp.stack(kept, axis=1), depth, -1), axis=1).astype(jnp.int32)
     return last, jnp.take_along_axis(best, last[:, None], axis=1)[:, 0]
 
 
@@ -167,8 +166,9 @@ def typical(
 
 
 def _check(parents: Sequence[int], count: int) -> None:
-    if len(parents) != count or parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(parents) if i):
-        raise InputError(f"parents={tuple(parents)}: must be -1 and then, for {count} nodes, an earlier node for each")
+    check_parents(parents)
+    if len(parents) != count:
+        raise InputError(f"parents={tuple(parents)}: must be -1 and then, for {count} nodes, an earlier one for each")
 
 
 def _at(x: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:

@@ -4,6 +4,8 @@ Modules are immutable trees of raw arrays; every call is a pure function of its 
 B batch, T query tokens, S cache slots, D embed, F mlp, N query heads, K kv heads, H head_dim, V vocab.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +17,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.layers import ACTIVATIONS, Embedding, Linear, Make, RMSNorm
 from jaxinfer.models.moe import build_moe
 from jaxinfer.ops.rope import RopeConfig, rotate
+from jaxinfer.ops.token_tree import TokenTree
 
 
 @nnx.dataclass
@@ -55,13 +58,15 @@ class Attention(nnx.Module):
         cache: LayerCache,
         start: Int[Array, "B"],
         counts: Int[Array, "B"],
+        tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         q, k, v = self.qkv(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         cache = cache.append(k, v, start, counts)
-        y, cache = cache.attend(q, positions, scale=self.scale, window=self.window, softcap=self.softcap)
+        options = dict(scale=self.scale, window=self.window, softcap=self.softcap)
+        y, cache = cache.attend(q, positions, **options, tree=tree)
         return self.o(y), cache
 
 
@@ -100,17 +105,17 @@ class Block(nnx.Module):
     attention_post_norm: RMSNorm | None = nnx.data(default=None, kw_only=True)
     mlp_post_norm: RMSNorm | None = nnx.data(default=None, kw_only=True)
 
-    def __call__(self, x, positions, cache, start, counts):
-        y, cache = self.attention(self.attention_norm(x), positions, cache, start, counts)
+    def __call__(self, x, positions, cache, start, counts, tree=None):
+        y, cache = self.attention(self.attention_norm(x), positions, cache, start, counts, tree)
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp(self.mlp_norm(x))
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), cache
 
 
 @jax.jit
-def _run_block(block: nnx.Module, x: Array, positions: Array, cache: LayerCache, start: Array, counts: Array):
+def _run_block(block: nnx.Module, x: Array, positions: Array, cache: LayerCache, start: Array, counts: Array, tree):
     """Call the block; under jit, so that layers of one kind are traced and lowered once and not once each."""
-    return block(x, positions, cache, start, counts)
+    return block(x, positions, cache, start, counts, tree)
 
 
 @nnx.dataclass
@@ -130,22 +135,46 @@ class Transformer(nnx.Module):
         return Cache(length=jnp.zeros((batch,), jnp.int32), layers=layers)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], cache: Cache, counts: Int[Array, "B"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        counts: Int[Array, "B"] | None = None,
+        tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return the normed hidden states of `tokens`, which follow what `cache` holds, and the cache with them in.
 
         Row b has `counts[b]` real tokens (default T), left-aligned; the rest is padding: not cached, seen by none.
+        With `tree` they are its nodes; `Cache.keep` then keeps one path of them.
         """
-        B, T = tokens.shape
-        counts = jnp.full((B,), T, jnp.int32) if counts is None else counts
-        offset = jnp.arange(T, dtype=jnp.int32)[None]
-        positions = jnp.where(offset < counts[:, None], cache.length[:, None] + offset, -1)
-        x = self.embed(tokens)
-        layers = []
-        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = _run_block(block, x, positions, layer_cache, cache.length, counts)
-            layers.append(layer_cache)
-        return self.final_norm(x), Cache(length=cache.length + counts, layers=layers)
+        counts = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if counts is None else counts
+        x, cache, _ = self.run_layers(self.embed(tokens), cache, counts, tree)
+        return self.final_norm(x), cache.longer(counts)
+
+    def run_layers(
+        self,
+        x: Float[Array, "B T D"],
+        cache: Cache,
+        counts: Int[Array, "B"],
+        tree: TokenTree | None = None,
+        *,
+        first: int = 0,
+        end: int | None = None,
+        after: Sequence[int] = (),
+    ) -> tuple[Float[Array, "B T D"], Cache, list[Float[Array, "B T D"]]]:
+        """Return what layers first .. end - 1 make of hidden states, the cache with theirs in, and states on the way.
+
+        The cache's length stays as it is, so that the other layers can still run. `after` names layers whose output is
+        wanted as well.
+        """
+        offset = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        at = offset if tree is None else tree.depth
+        positions = jnp.where(offset < counts[:, None], cache.length[:, None] + at, -1)
+        layers, found = list(cache.layers), []
+        for i in range(len(self.layers))[first:end]:
+            x, layers[i] = _run_block(self.layers[i], x, positions, layers[i], cache.length, counts, tree)
+            if i in after:
+                found.append(x)
+        return x, Cache(length=cache.length, layers=layers), found
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return next-token scores in float32."""

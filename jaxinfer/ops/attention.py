@@ -1,6 +1,5 @@
 """Softmax attention of query tokens against cache slots, masked by absolute positions."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
+from jaxinfer.errors import InputError
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.token_tree import TokenTree, last_slot, tree_visible
 from jaxinfer.ops.tpu_attention import tpu_attention
 
 MASKED = -1e30  # finite, so that padding, which sees nothing, gives numbers and not NaN
@@ -36,11 +37,13 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    tree: TokenTree | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return `softmax(softcap(scale * q k^T) + mask) v`, where slot s holds the key of position s.
 
-    A query at position p sees positions p - window + 1 .. p. A row's positions follow on one another; a negative one
+    A query at position p sees positions p - window + 1 .. p. A row's positions follow on one another, or are those of
+    the nodes of `tree`, whose keys are in the slots from the first one's position; a negative one
     marks padding after them: its output is finite and means nothing. Slots past the last query position are never
     used, whatever they hold; XLA reads at most the next power of two of the live slots, a kernel their blocks.
 
@@ -49,10 +52,20 @@ def attention(
     """
     options = dict(scale=scale, window=window, softcap=softcap)
 
-    def xla(q, k, v, positions):
-        return by_query_blocks(lambda q, p, _: _attend_block(q, k, v, p, **options), q, positions)
+    def pallas(q, k, v, positions, tree):
+        return tpu_attention(q, k, v, positions, tree=tree, **options)
 
-    return choose(implementation, functools.partial(tpu_attention, **options), xla, q, k, v, positions)
+    def xla(q, k, v, positions, tree):
+        check_tree(q, tree)
+        return by_query_blocks(lambda q, p, _: _attend_block(q, k, v, p, tree, **options), q, positions)
+
+    return choose(implementation, pallas, xla, q, k, v, positions, tree)
+
+
+def check_tree(q: Float[Array, "B T N H"], tree: TokenTree | None) -> None:
+    """Raise InputError where a tree has more nodes than are scored together."""
+    if tree is not None and q.shape[1] > QUERY_BLOCK:
+        raise InputError(f"a tree of {q.shape[1]} nodes: must have at most {QUERY_BLOCK}")
 
 
 def by_query_blocks(
@@ -71,16 +84,16 @@ def by_query_blocks(
     return jnp.concatenate(list(out), axis=1)[:, :T]
 
 
-def _attend_block(q, k, v, positions, scale, window, softcap):
+def _attend_block(q, k, v, positions, tree, scale, window, softcap):
     """Attend with the smallest read that covers every position a query of this block sees."""
     S, T = k.shape[2], q.shape[1]
-    last = positions.max()
+    last = last_slot(positions, tree)
     first = jnp.int32(0)
     sizes = _read_sizes(S)
     if window is not None:
         seen = jnp.where(positions < 0, S, positions).min() - window + 1
         first = jnp.clip(seen, 0, S - 1)
-        if q.shape[0] == 1:  # the rows of a ragged batch may be far apart: any span is possible
+        if q.shape[0] == 1 and tree is None:  # the rows of a ragged batch may be far apart: any span is possible
             sizes = [s for s in sizes if s < window + T] + [s for s in sizes if s >= window + T][:1]
 
     def read(size: int):
@@ -92,7 +105,7 @@ def _attend_block(q, k, v, positions, scale, window, softcap):
                 start = jnp.minimum(first, S - size)
                 k = jax.lax.dynamic_slice_in_dim(k, start, size, axis=2)
                 v = jax.lax.dynamic_slice_in_dim(v, start, size, axis=2)
-            return _softmax_attention(q, k, v, positions, start + jnp.arange(size), scale, window, softcap)
+            return _softmax_attention(q, k, v, positions, start + jnp.arange(size), tree, scale, window, softcap)
 
         return attend
 
@@ -111,13 +124,17 @@ def _read_sizes(slots: int) -> list[int]:
     return [*sizes, slots]
 
 
-def _softmax_attention(q, k, v, positions, slots, scale, window, softcap):
-    seen = visible(positions, slots[None], window)
+def _softmax_attention(q, k, v, positions, slots, tree, scale, window, softcap):
+    seen = visible(positions, slots[None], window, tree)
     return ungroup_heads(share(group_heads(q, k.shape[1], scale), k, v, seen, softcap), q)
 
 
-def visible(positions: Int[Array, "B T"], slots: Int[Array, "b S"], window: int | None) -> Bool[Array, "B T S"]:
-    """Return which slots, by the positions that they hold, each query sees: `p - window < s <= p`."""
+def visible(
+    positions: Int[Array, "B T"], slots: Int[Array, "b S"], window: int | None, tree: TokenTree | None = None
+) -> Bool[Array, "B T S"]:
+    """Return which slots, by the positions that they hold, each query sees: `p - window < s <= p`, or a tree's."""
+    if tree is not None:
+        return tree_visible(positions, slots, window, tree)
     p, s = positions[:, :, None], slots[:, None, :]
     return s <= p if window is None else (s <= p) & (s > p - window)
 

@@ -10,8 +10,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxinfer.ops.attention import MASKED, Scaled, Share, by_query_blocks, group_heads, share, ungroup_heads, visible
+from jaxinfer.ops.attention import (
+    MASKED,
+    Scaled,
+    Share,
+    by_query_blocks,
+    check_tree,
+    group_heads,
+    share,
+    ungroup_heads,
+    visible,
+)
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.token_tree import TokenTree, last_slot
 from jaxinfer.ops.tpu_attention import tpu_attention
 
 SLOT_BLOCK = 512  # slots unpacked at a time
@@ -27,6 +38,7 @@ def online_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    tree: TokenTree | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Return what `ops.attention.attention` returns for `k.values * k.scale` and `v.values * v.scale`.
@@ -39,13 +51,14 @@ def online_attention(
     """
     options = dict(scale=scale, window=window, softcap=softcap)
 
-    def pallas(q, k, v, positions):
-        return tpu_attention(q, k.values, v.values, positions, k_scale=k.scale, v_scale=v.scale, **options)
+    def pallas(q, k, v, positions, tree):
+        return tpu_attention(q, k.values, v.values, positions, k_scale=k.scale, v_scale=v.scale, tree=tree, **options)
 
-    return choose(implementation, pallas, functools.partial(_by_blocks, **options), q, k, v, positions)
+    return choose(implementation, pallas, functools.partial(_by_blocks, **options), q, k, v, positions, tree)
 
 
-def _by_blocks(q, k, v, positions, *, scale, window, softcap):
+def _by_blocks(q, k, v, positions, tree, *, scale, window, softcap):
+    check_tree(q, tree)
     S = k.values.shape[2]
     size = min(S, SLOT_BLOCK)
 
@@ -55,20 +68,21 @@ def _by_blocks(q, k, v, positions, *, scale, window, softcap):
             cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
             slots = start + jnp.arange(size)[None]
             # The last block may reach back over slots that the one before it has counted.
-            return Scaled(*map(cut, k)), Scaled(*map(cut, v)), visible(positions, slots, window) & (slots >= i * size)
+            seen = visible(positions, slots, window, tree) & (slots >= i * size)
+            return Scaled(*map(cut, k)), Scaled(*map(cut, v)), seen
 
         grouped = group_heads(q, k.values.shape[1], scale)
-        first, last = block_range(positions, size, -(-S // size), window)
+        first, last = block_range(positions, size, -(-S // size), window, tree)
         return ungroup_heads(finite(shares_of_blocks(grouped, read, first, last, softcap)), q)
 
     return by_query_blocks(attend, q, positions)
 
 
 def block_range(
-    positions: Int[Array, "B T"], size: int, count: int, window: int | None
+    positions: Int[Array, "B T"], size: int, count: int, window: int | None, tree: TokenTree | None = None
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Return the first of the `count` blocks of `size` slots that any query sees, and the one after the last."""
-    last = jnp.minimum((positions.max() + size) // size, count)
+    last = jnp.minimum((last_slot(positions, tree) + size) // size, count)
     if window is None:
         return jnp.int32(0), last
     earliest = jnp.where(positions < 0, count * size, positions).min() - window + 1

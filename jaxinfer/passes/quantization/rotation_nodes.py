@@ -8,6 +8,7 @@ from jaxinfer.cache.base import LayerCache
 from jaxinfer.models.layers import Leaf, RMSNorm
 from jaxinfer.models.transformer import Attention
 from jaxinfer.ops.hadamard import hadamard_transform
+from jaxinfer.ops.token_tree import TokenTree
 
 
 @nnx.dataclass
@@ -120,11 +121,17 @@ class RotatedKeysLayer(nnx.Module):
         scale: float,
         window: int | None,
         softcap: float | None,
+        tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T N H"], "RotatedKeysLayer"]:
         """Attend with the rotated queries."""
-        y, inner = self.inner.attend(hadamard_transform(q), positions, scale=scale, window=window, softcap=softcap)
+        options = dict(scale=scale, window=window, softcap=softcap, tree=tree)
+        y, inner = self.inner.attend(hadamard_transform(q), positions, **options)
         return y, RotatedKeysLayer(inner)
 
     def rewind(self, length: Int[Array, "B"]) -> "RotatedKeysLayer":
         """Rewind the cache inside."""
         return RotatedKeysLayer(self.inner.rewind(length))
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "RotatedKeysLayer":
+        """Keep a path in the cache inside."""
+        return RotatedKeysLayer(self.inner.keep(start, nodes, counts))
