@@ -2,22 +2,18 @@
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
-import os
-import platform
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.machine import kept
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import abstract, build
 from jaxinfer.passes.layout import LAYOUTS, apply_layouts
-from jaxinfer.paths import cache_dir
 
 _WIDEST = 2048  # wider models are measured at this width: past it the best layout no longer changes
 _PROBE_BYTES = 64e6  # of bfloat16 weights: more than a processor's cache, or the memory would not be measured
@@ -124,21 +120,9 @@ def _probe_config(config: ModelConfig) -> ModelConfig:
 @functools.cache
 def measure(probe: ModelConfig) -> tuple[Measurement, ...]:
     """Return the measurements of `probe` on this device, from the cache directory if they were made before."""
-    path = cache_dir() / f"device-{_fingerprint(probe)}.json"
-    try:
-        rows = json.loads(path.read_text())
-        return tuple(Measurement(**{**row, "layouts": tuple(row["layouts"])}) for row in rows)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # not there, or not readable: measure
-    measurements = _measure(probe)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps([dataclasses.asdict(m) for m in measurements], indent=1))
-        os.replace(scratch, path)
-    except OSError:
-        pass  # a read-only home only means measuring again
-    return measurements
+    about = (probe, _LAYOUT_CHOICES)
+    rows = kept("device", about, lambda: [dataclasses.asdict(m) for m in _measure(probe)])
+    return tuple(Measurement(**{**row, "layouts": tuple(row["layouts"])}) for row in rows)
 
 
 def _measure(probe: ModelConfig) -> tuple[Measurement, ...]:
@@ -175,20 +159,3 @@ def _products(layers, x, steps):
         return x
 
     return jax.lax.fori_loop(0, steps, step, x)
-
-
-def _fingerprint(probe: ModelConfig) -> str:
-    """Return a key for what the measurement depends on: device, cores, JAX, and the probe."""
-    parts = (
-        jax.devices()[0].device_kind, _processor(), os.cpu_count(), jax.__version__, probe, _LAYOUT_CHOICES,
-    )  # fmt: skip
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """Return the processor's model and features: machines that share a home directory may differ in both."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return "".join(sorted({line for line in f if line.startswith(("model", "flags", "Features"))}))
-    except OSError:
-        return platform.processor() + platform.machine()

@@ -122,7 +122,7 @@ class Session:
             sampling=sampling,
             seeds=seeds % 2**32,
             seen=None if sampling.repetition_penalty is None else _seen(self.rows, program.config.vocab_size),
-            own=program.decoder.prepare(self.rows, self._slots),
+            own=program.decoder.prepare(program.model, self.rows, self._slots),
         )
         self._ended = np.zeros(batch, bool)
         told = np.zeros(batch, np.int64)

@@ -1,8 +1,9 @@
 """A program that speculates: the same output, by fewer passes of the model where drafts are good."""
 
+from jaxinfer.decode.draft import Drafter
 from jaxinfer.decode.drafters.model import DraftModel
 from jaxinfer.decode.drafters.ngram import NGram
-from jaxinfer.decode.speculative import Drafter, Speculative
+from jaxinfer.decode.speculative import Speculative
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.program import Program
 

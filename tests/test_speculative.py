@@ -14,7 +14,10 @@ from test_decode import compilations
 from jaxinfer.decode.drafters.model import DraftModel
 from jaxinfer.decode.drafters.ngram import NGram
 from jaxinfer.decode.sampling import Sampling
-from jaxinfer.decode.speculative import Known, Speculative
+from jaxinfer.decode.draft import Known
+from jaxinfer.decode.drafters.exit import Exit
+from jaxinfer.decode.pace import Costs
+from jaxinfer.decode.speculative import Speculative
 from jaxinfer.errors import InputError
 from jaxinfer.generation import generate, logits
 from jaxinfer.passes import apply
@@ -25,7 +28,7 @@ from jaxinfer.text.tokenizer import Tokenizer
 
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [9], list(range(3, 43)), [7, 8] * 7]
 CACHES = {"dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",)}
-NAMES = ("itself", "rounded", "short_cache", "random", "ngram")
+NAMES = ("itself", "rounded", "short_cache", "random", "ngram", "exit")
 
 
 @functools.cache
@@ -44,6 +47,7 @@ def drafters() -> dict[str, object]:
         "short_cache": DraftModel(apply(program, "kv_int4:group=4,residual=0").model, length=1),
         "random": DraftModel(other.model, length=5),
         "ngram": NGram(least=1, length=6),
+        "exit": Exit(layers=1, length=3),
     }
 
 

@@ -69,7 +69,7 @@ class Decoder(Protocol):
     def lookahead(self) -> int:
         """How many tokens beyond those that a row keeps a step may feed, and rewind."""
 
-    def prepare(self, rows: Sequence[Sequence[int]], slots: int) -> Any:
+    def prepare(self, model: Transformer, rows: Sequence[Sequence[int]], slots: int) -> Any:
         """Return what the state starts with as `own`, for prompts that a cache of `slots` slots holds; on the host."""
 
     def init(
@@ -89,7 +89,7 @@ class Autoregressive(nnx.Module):
 
     lookahead: ClassVar[int] = 0
 
-    def prepare(self, rows: Sequence[Sequence[int]], slots: int) -> None:
+    def prepare(self, model: Transformer, rows: Sequence[Sequence[int]], slots: int) -> None:
         """Nothing: a step reads the cache and the last token alone."""
 
     def init(self, logits: Float[Array, "B V"], state: State) -> State:

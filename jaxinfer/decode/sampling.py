@@ -84,7 +84,13 @@ class Sampling:
         self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, rng: Key[Array, "B"], count: Int[Array, "B"]
     ) -> Int[Array, "B"]:
         """Return each row's token number count[b]. It depends on the row's own key and count only."""
-        logits = self.adjust(logits, seen)
+        return self.pick(self.adjust(logits, seen), rng, count)
+
+    def pick(self, logits: Float[Array, "B V"], rng: Key[Array, "B"], count: Int[Array, "B"]) -> Int[Array, "B"]:
+        """Return `draw`'s token of logits that are adjusted already.
+
+        By the Gumbel-max trick: two laws that differ little, drawn from with the same key, often give the same token.
+        """
         if self.temperature is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         keys = jax.vmap(jax.random.fold_in)(rng, count)

@@ -144,11 +144,17 @@ def block(
 
 
 def typical(
-    p: Float[Array, "B N V"], tokens: Int[Array, "B N"], parents: Sequence[int], epsilon: float, delta: float
+    p: Float[Array, "B N V"],
+    tokens: Int[Array, "B N"],
+    parents: Sequence[int],
+    epsilon: float,
+    delta: float,
+    count: Int[Array, "B"] | None = None,
 ) -> Law:
     """Return the law of typical acceptance: lossy. The longest path is kept whose tokens are likely enough.
 
-    A token is if p(x) > min(epsilon, delta exp(-H(p))); what follows has the target's distribution.
+    A token is if p(x) > min(epsilon, delta exp(-H(p))); what follows has the target's distribution. Of row b only the
+    first count[b] drafted nodes are there (default all).
     (Medusa, 2401.10774.)
     """
     _check(parents, tokens.shape[1])
@@ -160,6 +166,7 @@ def typical(
         parent = parents[node]
         depth.append(depth[parent] + 1)
         likely = _at(p[:, parent], tokens[:, node]) > least[:, parent]
+        likely &= True if count is None else node <= count
         reach.append(jnp.where((reach[parent] >= 0) & likely, depth[node], -1))
     longest = jnp.argmax(jnp.stack(reach, axis=1), axis=1)
     return Law(jax.nn.one_hot(longest, len(parents)), p)

@@ -109,7 +109,7 @@ def _answer(program: Program, prompt: Sequence[int], new_tokens: int) -> Answer:
     begin = time.perf_counter()
     cache = loop.empty_cache(program.model, 1, slots)
     cache, logits = loop.prefill(program.model, cache, rows)
-    own = decoder.prepare(rows, slots)
+    own = decoder.prepare(program.model, rows, slots)
     jax.block_until_ready((logits, own))
     filled = time.perf_counter()
     state = loop.start(

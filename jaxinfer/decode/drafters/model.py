@@ -10,9 +10,13 @@ from jaxtyping import Array, Int, Key
 from jaxinfer.cache.base import Cache
 from jaxinfer.decode import loop
 from jaxinfer.decode.base import State
-from jaxinfer.decode.speculative import Draft, Known
+from jaxinfer.decode.draft import Draft, Known, Outcome
+from jaxinfer.decode.drafters.chain import draw_chain
+from jaxinfer.decode.verification import chain
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
+
+_CATCH_UP = 8  # tokens fed at a time after steps without drafts
 
 
 @nnx.dataclass
@@ -26,7 +30,12 @@ class DraftModel(nnx.Module):
         if self.length < 1:
             raise InputError(f"length={self.length}: must be at least 1 token")
 
-    def prepare(self, rows: Sequence[Sequence[int]], slots: int) -> Cache:
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """A chain."""
+        return chain(self.length)
+
+    def prepare(self, model: Transformer, rows: Sequence[Sequence[int]], slots: int) -> Cache:
         """Return the draft's own cache of the prompts.
 
         Raises:
@@ -40,42 +49,57 @@ class DraftModel(nnx.Module):
             )
         return loop.prefill(self.model, cache, rows)[0]
 
-    def propose(self, own: Cache, known: Known, state: State, keys: Key[Array, "B"]) -> tuple[Draft, Cache]:
-        """Return `length` tokens, and their laws where they are drawn."""
-        sampling, rows = state.sampling, jnp.arange(len(known.tokens))
-        active = (~state.done).astype(jnp.int32)
+    def propose(
+        self,
+        model: Transformer,
+        own: Cache,
+        known: Known,
+        state: State,
+        keys: Key[Array, "B"],
+        width: Int[Array, ""],
+        laws: bool,
+    ) -> tuple[Draft, Cache]:
+        """Return `width` tokens, and their laws where they are wanted; where `width` is 0 do nothing."""
+        B, g, V = len(known.length), self.length, self.model.config.vocab_size
+        active = ~state.done
 
-        def draw(logits, seen, i):
-            logits = sampling.adjust(logits, seen)
-            if sampling.temperature is None:
-                token, law = jnp.argmax(logits, axis=1).astype(jnp.int32), None
-            else:
-                law = jax.nn.softmax(logits, axis=1)
-                own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-                token = jax.vmap(jax.random.categorical)(own_keys, logits).astype(jnp.int32)
-            return token, law, None if seen is None else seen.at[rows, token].set(True)
+        def draft(own):
+            cache = self._caught_up(own, known, active)
+            # All that was drafted may have been kept: then the last of it was never fed.
+            missing = jnp.where(active, known.length - cache.length, 0)
+            hidden, cache = self.model(_newest(known, cache.length, 2), cache, missing)
+            hidden = jnp.take_along_axis(hidden, jnp.clip(missing - 1, 0, 1)[:, None, None], axis=1)
 
-        # All that was drafted may have been kept: then the last of it was never fed.
-        missing = known.length - own.length
-        at = own.length[:, None] + jnp.arange(2)
-        newest = jnp.take_along_axis(known.tokens, jnp.minimum(at, known.tokens.shape[1] - 1), axis=1)
-        hidden, cache = self.model(newest, own, missing * active)
-        hidden = jnp.take_along_axis(hidden, jnp.clip(missing - 1, 0, 1)[:, None, None], axis=1)
-        token, law, seen = draw(self.model.logits(hidden)[:, 0], state.seen, jnp.int32(0))
+            def feed(cache, token, _):
+                hidden, cache = self.model(token[:, None], cache, active.astype(jnp.int32))
+                return self.model.logits(hidden)[:, 0], cache
 
-        def more(carry, i):
-            token, seen, cache = carry
-            hidden, cache = self.model(token[:, None], cache, active)
-            token, law, seen = draw(self.model.logits(hidden)[:, 0], seen, i)
-            return (token, seen, cache), (token, law)
+            return draw_chain(self.model.logits(hidden)[:, 0], feed, cache, state, keys, width, g, laws)
 
-        (_, _, cache), (tokens, laws) = jax.lax.scan(more, (token, seen, cache), jnp.arange(1, self.length))
-        tokens, laws = (
-            None if rest is None else jnp.concatenate([first[None], rest]).swapaxes(0, 1)
-            for first, rest in ((token, tokens), (law, laws))
-        )
-        return Draft(tokens, jnp.full(len(tokens), self.length), laws), cache
+        def rest(own):
+            return jnp.zeros((B, g), jnp.int32), jnp.zeros((B, g, V)) if laws else None, own
 
-    def settle(self, own: Cache, length: Int[Array, "B"]) -> Cache:
+        tokens, found, own = jax.lax.cond(width > 0, draft, rest, own)
+        return Draft(tokens, jnp.full(B, width), found), own
+
+    def _caught_up(self, cache: Cache, known: Known, active: Array) -> Cache:
+        """Return the cache with all but the newest one or two tokens in: steps without drafts have left it behind."""
+
+        def missing(cache):
+            return jnp.where(active, known.length - cache.length, 0)
+
+        def feed(cache):
+            counts = jnp.clip(missing(cache) - 1, 0, _CATCH_UP)
+            return self.model(_newest(known, cache.length, _CATCH_UP), cache, counts)[1]
+
+        return jax.lax.while_loop(lambda cache: (missing(cache) > 2).any(), feed, cache)
+
+    def settle(self, own: Cache, known: Known, outcome: Outcome | None) -> Cache:
         """Forget what was not kept. The newest token was never fed."""
-        return own.rewind(length - 1)
+        return own.rewind(known.length - 1)
+
+
+def _newest(known: Known, start: Int[Array, "B"], count: int) -> Int[Array, "B n"]:
+    """Return each row's known tokens from start[b] on; what is past the end means nothing."""
+    at = jnp.minimum(start[:, None] + jnp.arange(count), known.tokens.shape[1] - 1)
+    return jnp.take_along_axis(known.tokens, at, axis=1)

@@ -7,8 +7,10 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from jaxinfer.decode.base import State
-from jaxinfer.decode.speculative import Draft, Known
+from jaxinfer.decode.draft import Draft, Known, Outcome
+from jaxinfer.decode.verification import chain
 from jaxinfer.errors import InputError
+from jaxinfer.models.transformer import Transformer
 
 
 @nnx.dataclass
@@ -25,10 +27,29 @@ class NGram(nnx.Module):
                 f"length={self.length}, least={self.least}, most={self.most}: must be at least 1, and least <= most"
             )
 
-    def prepare(self, rows: Sequence[Sequence[int]], slots: int) -> None:
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """A chain."""
+        return chain(self.length)
+
+    @property
+    def classes(self) -> int:
+        """As many as a match may be long: what follows a long one is better."""
+        return self.most + 1
+
+    def prepare(self, model: Transformer, rows: Sequence[Sequence[int]], slots: int) -> None:
         """Nothing: all that it needs is known."""
 
-    def propose(self, own: None, known: Known, state: State, keys: Key[Array, "B"]) -> tuple[Draft, None]:
+    def propose(
+        self,
+        model: Transformer,
+        own: None,
+        known: Known,
+        state: State,
+        keys: Key[Array, "B"],
+        width: Int[Array, ""],
+        laws: bool,
+    ) -> tuple[Draft, None]:
         """Return what followed in the text."""
         return self.lookup(known), None
 
@@ -44,10 +65,10 @@ class NGram(nnx.Module):
             same &= (before == newest) & (ends < n)
             matched += same
         best = jnp.argmax(matched * tokens.shape[1] + ends, axis=1)[:, None]  # the longest, and of those the latest
-        found = jnp.take_along_axis(matched, best, axis=1) >= self.least
+        trust = jnp.take_along_axis(matched, best, axis=1)[:, 0]
         period = jnp.maximum(n - best, 1)
         drafted = jnp.take_along_axis(tokens, best + jnp.arange(self.length) % period, axis=1)
-        return Draft(drafted, jnp.where(found[:, 0], self.length, 0), None)
+        return Draft(drafted, jnp.where(trust >= self.least, self.length, 0), trust=trust)
 
-    def settle(self, own: None, length: Int[Array, "B"]) -> None:
+    def settle(self, own: None, known: Known, outcome: Outcome | None) -> None:
         """Nothing to forget."""

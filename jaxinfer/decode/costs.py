@@ -1,0 +1,107 @@
+"""What a check and a draft of each width cost on this device, measured once."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.decode.draft import Drafter, Known
+from jaxinfer.decode.pace import Costs
+from jaxinfer.machine import kept
+from jaxinfer.models.transformer import Transformer
+from jaxinfer.ops.token_tree import TokenTree
+
+_PASSES = 4  # that one timing repeats
+_ROUNDS = 5  # of timings, in turns; the first may compile
+_memory: dict[tuple, Costs] = {}
+
+
+def costs_of(model: Transformer, drafter: Drafter, widths: Sequence[int], batch: int, slots: int) -> Costs:
+    """Return what a check, and a draft, of each width costs for `batch` rows in caches of `slots` slots, half full.
+
+    From the cache directory if this device, with a model and a drafter of these shapes, was measured before.
+    """
+    shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves((model, drafter))]
+    key = (tuple(shapes), drafter.parents, type(drafter).__name__, tuple(widths), batch, slots)
+    if key not in _memory:
+        found = kept("speculation", key, lambda: _measure(model, drafter, widths, batch, slots))
+        _memory[key] = Costs(*(np.asarray(x, np.float32) for x in found))
+    return _memory[key]
+
+
+def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]]:
+    # Tokens of no meaning, all different: what a drafter finds in them is nothing, and it looks at all of them.
+    row = (np.arange(slots // 2) * 7919 % model.config.vocab_size).tolist()
+    known = Known(
+        jnp.zeros((batch, slots), jnp.int32).at[:, : len(row)].set(jnp.asarray(row)), jnp.full(batch, len(row))
+    )
+    own = drafter.prepare(model, [row[:-1]] * batch, slots)
+    cache = model.init_cache(batch, slots)
+    cache = cache.longer(jnp.full(batch, len(row) - 1))
+    runs: list[Callable[[], Any]] = []
+    for width in widths:
+        tree = TokenTree.of(drafter.parents[: width + 1]) if _branches(drafter.parents[: width + 1]) else None
+        runs.append(functools.partial(_checks, model, cache, width + 1, tree))
+    for width in widths:
+        runs.append(functools.partial(_drafts, model, drafter, own, cache, known, np.int32(width)))
+    best = [float("inf")] * len(runs)
+    for round_ in range(_ROUNDS):  # in turns, so that a busy moment does not fall on one of them
+        for i, run in enumerate(runs):
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            if round_:
+                best[i] = min(best[i], time.perf_counter() - begin)
+    one = best[0]
+    # An empty draft costs what the dispatch does.
+    return [
+        [x / one for x in best[: len(widths)]],
+        [max(0.0, x - best[len(widths)]) / one for x in best[len(widths) :]],
+    ]
+
+
+def _branches(parents: Sequence[int]) -> bool:
+    return list(parents) != list(range(-1, len(parents) - 1))
+
+
+@functools.partial(jax.jit, static_argnames=("width",))
+def _checks(model, cache, width: int, tree):
+    """Feed `width` tokens and forget them, again and again; a pass takes the tokens that the last one liked."""
+    start = cache.length
+
+    def one(_, carry):
+        cache, tokens = carry
+        hidden, cache = model(tokens, cache, jnp.full((len(tokens),), width, jnp.int32), tree)
+        return cache.rewind(start), jnp.argmax(model.logits(hidden), axis=2).astype(jnp.int32)
+
+    return jax.lax.fori_loop(0, _PASSES, one, (cache, jnp.zeros((len(start), width), jnp.int32)))[1]
+
+
+@jax.jit
+def _drafts(model, drafter, own, cache, known: Known, width):
+    """Draft after one text, again and again; each time its newest token is another one."""
+    from jaxinfer.decode.base import State
+    from jaxinfer.decode.sampling import Sampling
+
+    B = len(known.length)
+    zeros = jnp.zeros(B, jnp.int32)
+    keys = jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32))
+    rows = jnp.arange(B)
+
+    def one(_, carry):
+        own, last = carry
+        now = known._replace(tokens=known.tokens.at[rows, known.length - 1].set(last))
+        state = State(
+            cache=cache, last=last, tokens=jnp.zeros((B, 1), jnp.int32), emitted=zeros, limit=zeros + 64,
+            done=zeros > 0, stop_ids=jnp.zeros(0, jnp.int32), sampling=Sampling(), rng=keys, seen=None,
+        )  # fmt: skip
+        draft, own = drafter.propose(model, own, now, state, keys, width, False)
+        # A draft that is not used would not be made: what it begins is part of the next one's tokens.
+        used = jnp.float32(0) if draft.begun is None else draft.begun.hidden.astype(jnp.float32).sum()
+        token = draft.tokens[:, 0] + jnp.where(jnp.isnan(used), 1, 0)
+        return drafter.settle(own, known, None), token
+
+    return jax.lax.fori_loop(0, _PASSES, one, (own, zeros))[1]
