@@ -18,6 +18,7 @@ from jaxinfer.ops.rope import RopeConfig
 from jaxinfer.passes.base import Calibrated
 from jaxinfer.passes.calibration import Calibration
 from jaxinfer.program import Program
+from jaxinfer.speculation import VERIFIERS, check_drafter, speculative
 from jaxinfer.text.bytes import VOCAB_SIZE, byte_tokenizer
 from jaxinfer.text.tokenizer import Tokenizer
 
@@ -31,7 +32,8 @@ def defaults() -> ConfigDict:
     a GGUF file's Q8_0, Q4_0 and Q4_1 weights as they are. `architecture`, when it has keys, gives the fields of a
     ModelConfig to fill with random weights in place of `model`. `passes` are applied in order: "int8", "int4:group=32",
     ("int4", {"group": 32}). `calibration` is for those that need text: its file, how many windows of how many tokens,
-    and the directory from which a killed run goes on.
+    and the directory from which a killed run goes on. `drafter` speculates ("ngram", "self:passes=int4": see
+    `jaxinfer.speculation`), and `verifier` says how sampled drafts are checked.
     """
     return ConfigDict(
         {
@@ -41,6 +43,8 @@ def defaults() -> ConfigDict:
             "architecture": {},
             "passes": (),
             "calibration": {"text": "", "windows": 64, "window": 512, "directory": ""},
+            "drafter": "",
+            "verifier": "coupled",
             "generate": {
                 "max_new_tokens": 128,
                 "temperature": 0.0,
@@ -98,6 +102,10 @@ def check(config: ConfigDict) -> ConfigDict:
             merged.architecture = ConfigDict(dict(_mapping(key, value)))
         elif key == "model" or value is not None:
             merged[key] = _typed(key, value, "")
+    if merged.drafter:
+        check_drafter(merged.drafter)
+    if merged.verifier not in VERIFIERS:
+        raise InputError(f"verifier={merged.verifier!r}: {nearest(merged.verifier, VERIFIERS)}")
     if merged.dtype not in (None, *loading.DTYPES):
         raise InputError(f"dtype={merged.dtype!r}: {nearest(merged.dtype, loading.DTYPES)}")
     if merged.architecture:
@@ -117,7 +125,8 @@ def from_config(config: ConfigDict, progress: bool = False) -> Program:
     """
     config = check(config)
     program = _without_passes(config, progress)
-    return passes.apply(program, *config.passes, calibration=_calibration(config, program, progress))
+    program = passes.apply(program, *config.passes, calibration=_calibration(config, program, progress))
+    return speculative(program, config.drafter, verifier=config.verifier) if config.drafter else program
 
 
 def _without_passes(config: ConfigDict, progress: bool) -> Program:

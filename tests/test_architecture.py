@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module may import from its own rank and from those below, inside functions too.
 RANKS = [
-    ["jaxinfer.errors", "jaxinfer.paths", "jaxinfer.huge_pages", "jaxinfer.machine"],
+    ["jaxinfer.errors", "jaxinfer.paths", "jaxinfer.huge_pages", "jaxinfer.machine", "jaxinfer.eval.data"],
     ["pallas_kernels"],
     ["jaxinfer.ops"],
     ["jaxinfer.cache"],

@@ -11,12 +11,11 @@ from models import random_program, tiny_config
 from scipy import stats
 from test_decode import compilations
 
+from jaxinfer.decode.draft import Known
+from jaxinfer.decode.drafters.exit import Exit
 from jaxinfer.decode.drafters.model import DraftModel
 from jaxinfer.decode.drafters.ngram import NGram
 from jaxinfer.decode.sampling import Sampling
-from jaxinfer.decode.draft import Known
-from jaxinfer.decode.drafters.exit import Exit
-from jaxinfer.decode.pace import Costs
 from jaxinfer.decode.speculative import Speculative
 from jaxinfer.errors import InputError
 from jaxinfer.generation import generate, logits

@@ -61,8 +61,19 @@ def add_generating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens")
     for name, (kind, what) in _SAMPLING.items():
         parser.add_argument(_flag(name), type=kind, metavar="X" if kind is float else "K", help=what)
+    add_drafter(parser)
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+
+def add_drafter(parser: argparse.ArgumentParser) -> None:
+    """Add --drafter and --verifier."""
+    parser.add_argument(
+        "--drafter", metavar="D",
+        help="speculate: ngram, lookahead, exit:layers=N, datastore:file=F, self:passes=P+P or model:name=M; options "
+        "follow as NAME:OPTION=VALUE,...",
+    )  # fmt: skip
+    parser.add_argument("--verifier", help="of sampled drafts: coupled (default), block, rejection, or typical (lossy)")
 
 
 def take_positional(args: argparse.Namespace) -> None:
@@ -86,6 +97,9 @@ def read_config(args: argparse.Namespace):
         config.keep_quantized = True
     if getattr(args, "passes", None):
         config.passes = tuple(args.passes)
+    for name in ("drafter", "verifier"):
+        if getattr(args, name, None) is not None:
+            config[name] = getattr(args, name)
     if getattr(args, "calibrate", None) is not None:
         config.calibration.text = args.calibrate
     return configuration.check(config)

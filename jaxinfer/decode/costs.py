@@ -20,15 +20,22 @@ _ROUNDS = 5  # of timings, in turns; the first may compile
 _memory: dict[tuple, Costs] = {}
 
 
-def costs_of(model: Transformer, drafter: Drafter, widths: Sequence[int], batch: int, slots: int) -> Costs:
+def costs_of(
+    model: Transformer, drafter: Drafter, widths: Sequence[int], batch: int, slots: int, anew: bool = False
+) -> Costs:
     """Return what a check, and a draft, of each width costs for `batch` rows in caches of `slots` slots, half full.
 
-    From the cache directory if this device, with a model and a drafter of these shapes, was measured before.
+    From the cache directory if this device, with a model and a drafter of these shapes, was measured before, unless
+    they are to be measured `anew`.
     """
     shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves((model, drafter))]
     key = (tuple(shapes), drafter.parents, type(drafter).__name__, tuple(widths), batch, slots)
-    if key not in _memory:
-        found = kept("speculation", key, lambda: _measure(model, drafter, widths, batch, slots))
+    if anew or key not in _memory:
+
+        def measure():
+            return _measure(model, drafter, widths, batch, slots)
+
+        found = measure() if anew else kept("speculation", key, measure)
         _memory[key] = Costs(*(np.asarray(x, np.float32) for x in found))
     return _memory[key]
 

@@ -53,6 +53,11 @@ class Speculative(nnx.Module):
         """The draft lengths that a check may have."""
         return getattr(self.drafter, "widths", None) or (widths_of(self.nodes) if self.adapt else (0, self.nodes))
 
+    @property
+    def ready(self) -> bool:
+        """Whether a draft is made before its width is chosen: one that tells how good it is costs next to nothing."""
+        return getattr(self.drafter, "classes", 1) > 1
+
     def prepare(self, model: Transformer, rows: Sequence[Sequence[int]], slots: int) -> Speculation:
         """Return the prompts, and the drafter's state for them; may measure what this device needs for a check."""
         tokens = np.zeros((len(rows), slots), np.int32)
@@ -86,15 +91,14 @@ class Speculative(nnx.Module):
         laws = sampled and self.verifier in ("block", "rejection")
         costs = self.costs or own.costs
         width = jnp.int32(self.nodes)
-        ready = getattr(drafter, "classes", 1) > 1  # one that tells how good its draft is costs next to nothing
-        if self.adapt and not ready:
+        if self.adapt and not self.ready:
             hope = own.pace.gains(drafter.parents, self.widths)[0] * (~state.done).sum()
             width = jnp.asarray(self.widths)[choose_width(hope, (~state.done).sum(), costs, drafted=False)]
         draft, drafter_own = drafter.propose(model, own.drafter, own.known, state, _fold(keys, 1), width, laws)
         # A row never feeds more than it may emit: its cache has no room for it.
         count = jnp.minimum(jnp.minimum(draft.count, width), state.limit - state.emitted - 1)
         count = jnp.where(state.done, 0, jnp.maximum(count, 0))
-        chosen = self._choose(own, draft, count, state.done, ready)
+        chosen = self._choose(own, draft, count, state.done)
 
         def check(index: int):
             return lambda: self._check(model, state, draft, count, self.widths[index], keys, index)
@@ -112,11 +116,11 @@ class Speculative(nnx.Module):
         )
         return out.replace(own=spec)
 
-    def _choose(self, own: Speculation, draft: Draft, count, done, ready: bool) -> Int[Array, ""]:
+    def _choose(self, own: Speculation, draft: Draft, count, done) -> Int[Array, ""]:
         """Return the index of the width that is checked: the smallest that holds the draft, or what is worth most."""
         widths = jnp.asarray(self.widths)
         holds = (widths < count.max()).sum()
-        if not (self.adapt and ready):
+        if not (self.adapt and self.ready):
             return holds
         gains = own.pace.gains(self.drafter.parents, self.widths)
         hope = jnp.where((count > 0)[:, None], gains[draft.trust], 0).sum(axis=0)

@@ -78,7 +78,7 @@ def parse(spec: Spec) -> Technique:
         return spec
     if isinstance(spec, str):
         name, _, rest = spec.partition(":")
-        given = _options(spec, rest) if rest else {}
+        given = options_of(spec, rest) if rest else {}
     else:
         name, given = spec[0], dict(spec[1])
     if name not in PASSES:
@@ -90,11 +90,11 @@ def parse(spec: Spec) -> Technique:
     for key, value in given.items():
         if key not in fields:
             raise InputError(f"{name} has no option {key!r}: {nearest(key, fields)}")
-        options[key] = _typed(f"{name}:{key}", value, types[key])
+        options[key] = typed(f"{name}:{key}", value, types[key])
     return kind(**options)
 
 
-def _options(spec: str, text: str) -> dict[str, str]:
+def options_of(spec: str, text: str) -> dict[str, str]:
     """Return the options of "a=1,b=x". A comma inside a value is written as it is where no "name=" follows it."""
     options: dict[str, str] = {}
     last = None
@@ -109,7 +109,7 @@ def _options(spec: str, text: str) -> dict[str, str]:
     return options
 
 
-def _typed(key: str, value: Any, kind: Any) -> Any:
+def typed(key: str, value: Any, kind: Any) -> Any:
     """Return an option's value as its field's type; text, as it comes from a command line, is read."""
     kinds = (kind,) if typing.get_origin(kind) is tuple else typing.get_args(kind) or (kind,)
     if isinstance(value, str) and type(None) in kinds and value.lower() in ("none", ""):

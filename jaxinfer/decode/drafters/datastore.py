@@ -92,7 +92,7 @@ class Datastore(nnx.Module):
         tokens = self.corpus[follow].reshape(len(first), -1)
         return Draft(tokens, jnp.where(matched > 0, tokens.shape[1], 0), trust=matched)
 
-    def _longest(self, tokens: Int[Array, "C"], length: Int[Array, ""]) -> tuple[Array, Array, Array]:
+    def _longest(self, tokens: Int[Array, "n"], length: Int[Array, ""]) -> tuple[Array, Array, Array]:
         """Return the first place in `order` of the longest match of one row, how many there are, and its tokens."""
         found = (jnp.int32(0), jnp.int32(0), jnp.int32(0))
         for size in range(self.least, self.most + 1):

@@ -1,9 +1,9 @@
 """The model's own guesses at tokens further ahead, gathered step by step (lookahead decoding, 2402.02057).
 
 A pass carries, beside the drafts, a window of guesses: `levels` rows of `window` columns. Row 0 is a chain of guesses
-at the next tokens, and what the model says after a guess becomes the guess below it (Jacobi iteration). A column that has
-been through all rows is an n-gram that the model has written; the newest of those that begin with the newest token are
-the next drafts. In a tree of tokens all of this is one mask.
+at the next tokens, and what the model says after a guess becomes the guess below it (Jacobi iteration). A column that
+has been through all rows is an n-gram that the model has written; the newest of those that begin with the newest token
+are the next drafts. In a tree of tokens all of this is one mask.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from jaxinfer.decode.base import State
 from jaxinfer.decode.draft import Draft, Known, Outcome
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
+from jaxinfer.ops.token_tree import TokenTree
 
 
 @nnx.dataclass
@@ -103,7 +104,10 @@ class Lookahead(nnx.Module):
         whole = outcome.count == nodes - 1  # a pass that was cut short has seen no window
         at = (own.next + jnp.arange(W)) % self.pool
         kept = jnp.where(whole[:, None, None], grams, own.grams[:, at])
+        # Row 1 becomes row 0, one token further on; where more tokens stood, guesses at those leave on the left.
+        further = jnp.asarray(TokenTree.of(self.parents).depth)[outcome.last][:, None]
         levels = jnp.concatenate([own.levels[:, 1:], below[:, None]], axis=1)
+        levels = jnp.take_along_axis(levels, ((jnp.arange(W) + further) % W)[:, None], axis=2)
         return Pool(
             levels=jnp.where(whole[:, None, None], levels, own.levels),
             grams=own.grams.at[:, at].set(kept),
