@@ -5,6 +5,7 @@ the same law (2211.17192, 2302.01318), by the verifier "coupled" even the same t
 their own counts, and nothing leaves the device in between.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,6 +19,7 @@ from jaxinfer.decode import verification
 from jaxinfer.decode.base import State
 from jaxinfer.decode.costs import costs_of
 from jaxinfer.decode.draft import Draft, Known, Outcome, Speculation
+from jaxinfer.decode.once import once
 from jaxinfer.decode.pace import Costs, Pace, choose_width, widths_of
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.token_tree import TokenTree
@@ -99,11 +101,14 @@ class Speculative(nnx.Module):
         count = jnp.minimum(jnp.minimum(draft.count, width), state.limit - state.emitted - 1)
         count = jnp.where(state.done, 0, jnp.maximum(count, 0))
         chosen = self._choose(own, draft, count, state.done)
-
-        def check(index: int):
-            return lambda: self._check(model, state, draft, count, self.widths[index], keys, index)
-
-        out, outcome = jax.lax.switch(chosen, [check(i) for i in range(len(self.widths))])
+        before, hidden = state.done, None
+        if draft.begun is not None:  # the drafter has run it in the target's own cache
+            hidden, state = draft.begun.hidden, state.replace(cache=draft.begun.cache)
+        carry = state, self._nothing(state, hidden, model)
+        for index, size in enumerate(self.widths):
+            check = functools.partial(self._check, model, draft, hidden, count, size, keys)
+            carry = once(chosen == index, lambda c, check=check: check(c[0]), carry)
+        out, outcome = carry
         spec = out.own
         if self.adapt:
             trust = jnp.zeros_like(count) if draft.trust is None else draft.trust
@@ -111,7 +116,7 @@ class Speculative(nnx.Module):
             spec = spec.replace(pace=learned)
         spec = spec.replace(
             drafter=drafter.settle(drafter_own, spec.known, outcome),
-            steps=spec.steps + ~state.done,
+            steps=spec.steps + ~before,
             checked=spec.checked.at[chosen].add(1),
         )
         return out.replace(own=spec)
@@ -126,21 +131,26 @@ class Speculative(nnx.Module):
         hope = jnp.where((count > 0)[:, None], gains[draft.trust], 0).sum(axis=0)
         return jnp.minimum(holds, choose_width(hope, (~done).sum(), self.costs or own.costs, drafted=True))
 
-    def _check(self, model, state: State, draft: Draft, count, width: int, keys, index: int) -> tuple[State, Outcome]:
+    def _nothing(self, state: State, hidden: Array | None, model: Transformer) -> Outcome:
+        """Return an outcome of the right shapes."""
+        zeros = jnp.zeros((len(state.last), 1 + self.nodes), jnp.int32)
+        count = getattr(self.drafter, "wants", ())
+        x = jax.eval_shape(model.embed, zeros)
+        return Outcome(zeros, state.last, zeros, state.last, tuple(jnp.zeros(x.shape, x.dtype) for _ in count))
+
+    def _check(self, model, draft: Draft, hidden, count, width: int, keys, state: State) -> tuple[State, Outcome]:
         """Return the state after a check of the draft's first `width` nodes, and its outcome."""
         parents = self.drafter.parents[: width + 1]
         chain = parents == verification.chain(width)
         tree = None if chain else TokenTree.of(parents)
         fed = jnp.concatenate([state.last[:, None], draft.tokens[:, :width]], axis=1)
         count, start = jnp.minimum(count, width), state.cache.length
+        # Where there is a draft, what the drafter has run of the target is not run again.
+        first = 0 if hidden is None or width == 0 else self.drafter.layers
+        x = hidden[:, : width + 1] if first else model.embed(fed)
         fed_counts = jnp.where(state.done, 0, count + 1)
         wants = tuple(getattr(self.drafter, "wants", ()))
-        if draft.begun is None or width == 0:
-            x, cache, features = model.run_layers(model.embed(fed), state.cache, fed_counts, tree, after=wants)
-        else:  # what the drafter has run of the target is not run again
-            x, cache, features = model.run_layers(
-                draft.begun.hidden[:, : width + 1], draft.begun.cache, fed_counts, tree, first=self.drafter.layers
-            )
+        x, cache, features = model.run_layers(x, state.cache, fed_counts, tree, first=first, after=wants)
         hidden, cache = model.final_norm(x), cache.longer(fed_counts)
         best, last, following = self._judge(model.logits(hidden), fed, count, parents, draft.laws, state, keys)
         path = _paths(parents)[last]  # [B, depth]: the nodes below the root that stand, in order

@@ -14,6 +14,7 @@ from jaxinfer.cache.base import Cache
 from jaxinfer.decode.base import State
 from jaxinfer.decode.draft import Begun, Draft, Known, Outcome
 from jaxinfer.decode.drafters.chain import draw_chain
+from jaxinfer.decode.once import once
 from jaxinfer.decode.verification import chain
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
@@ -70,17 +71,15 @@ class Exit(nnx.Module):
             x, carry = run(carry, token, i)
             return model.logits(model.final_norm(x))[:, 0], carry
 
-        def draft(cache):
-            logits, carry = feed((zeros, cache), state.last, jnp.int32(0))
+        def draft(carry):
+            logits, carry = feed(carry[2:], state.last, jnp.int32(0))
             tokens, found, carry = draw_chain(logits, feed, carry, state, keys, width, g, laws)
             last = jnp.take_along_axis(tokens, jnp.full((B, 1), width - 1), axis=1)[:, 0]
             _, (hidden, cache) = run(carry, last, width)
             return tokens, found, hidden, Cache(length=start, layers=cache.layers)
 
-        def rest(cache):
-            return jnp.zeros((B, g), jnp.int32), jnp.zeros((B, g, V)) if laws else None, zeros, cache
-
-        tokens, found, hidden, cache = jax.lax.cond(width > 0, draft, rest, state.cache)
+        nothing = jnp.zeros((B, g), jnp.int32), jnp.zeros((B, g, V)) if laws else None, zeros, state.cache
+        tokens, found, hidden, cache = once(width > 0, draft, nothing)
         return Draft(tokens, jnp.full(B, width), found, begun=Begun(hidden, cache)), None
 
     def settle(self, own: None, known: Known, outcome: Outcome | None) -> None:

@@ -12,6 +12,7 @@ from jaxinfer.decode import loop
 from jaxinfer.decode.base import State
 from jaxinfer.decode.draft import Draft, Known, Outcome
 from jaxinfer.decode.drafters.chain import draw_chain
+from jaxinfer.decode.once import once
 from jaxinfer.decode.verification import chain
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
@@ -63,8 +64,8 @@ class DraftModel(nnx.Module):
         B, g, V = len(known.length), self.length, self.model.config.vocab_size
         active = ~state.done
 
-        def draft(own):
-            cache = self._caught_up(own, known, active)
+        def draft(carry):
+            cache = self._caught_up(carry[2], known, active)
             # All that was drafted may have been kept: then the last of it was never fed.
             missing = jnp.where(active, known.length - cache.length, 0)
             hidden, cache = self.model(_newest(known, cache.length, 2), cache, missing)
@@ -76,10 +77,8 @@ class DraftModel(nnx.Module):
 
             return draw_chain(self.model.logits(hidden)[:, 0], feed, cache, state, keys, width, g, laws)
 
-        def rest(own):
-            return jnp.zeros((B, g), jnp.int32), jnp.zeros((B, g, V)) if laws else None, own
-
-        tokens, found, own = jax.lax.cond(width > 0, draft, rest, own)
+        nothing = jnp.zeros((B, g), jnp.int32), jnp.zeros((B, g, V)) if laws else None, own
+        tokens, found, own = once(width > 0, draft, nothing)
         return Draft(tokens, jnp.full(B, width), found), own
 
     def _caught_up(self, cache: Cache, known: Known, active: Array) -> Cache:
