@@ -1,6 +1,7 @@
 """A batch of conversations with its cache: feed prompts, decode, feed again; what is already cached is kept."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,10 @@ class Session:
         self._slots = 0
         self._longest = [0] * batch  # that each row has been since it was computed from its first token
         self._ended = np.zeros(batch, bool)
-        self.steps: list[int] | None = None  # that the last `decode` took for each row, where the decoder counts them
+        # Of the last `decode`, where the decoder counts them: each row's steps, checks by their width, and the drafter.
+        self.steps: list[int] | None = None
+        self.checked: list[int] | None = None
+        self.told: Any = None
 
     def feed(
         self, rows: Sequence[Sequence[int]], room: int = 0, progress: Callable[[int], object] | None = None
@@ -158,7 +162,9 @@ class Session:
         for b, row in enumerate(self.rows):
             self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
             self._longest[b] = max(self._longest[b], int(length[b]) + self.program.decoder.lookahead)
-        self.steps = None if state.own is None else np.asarray(state.own.steps).tolist()
+        if state.own is not None:
+            self.steps, self.checked = (np.asarray(x).tolist() for x in (state.own.steps, state.own.checked))
+            self.told = state.own.drafter
 
 
 def check_ids(row: Sequence[int] | Int[np.ndarray, "n"], vocab_size: int) -> None:

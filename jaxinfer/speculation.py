@@ -105,6 +105,12 @@ def _itself(program: Program, passes: str = "", **options: Any) -> DraftModel:
     return _model(program, apply(program, *passes.split("+")), **options)
 
 
+def _exit(program: Program, layers: int = 0, **options: Any) -> Exit:
+    if not layers:
+        raise InputError(f"exit: needs layers=N, below the model's {program.config.num_layers}")
+    return Exit(layers=layers, **options)
+
+
 def _datastore(program: Program, file: str = "", **options: Any) -> Datastore:
     from jaxinfer.eval.data import read_text
 
@@ -124,7 +130,7 @@ def _options(kind: type, **more: type) -> Mapping[str, Any]:
 DRAFTERS: dict[str, tuple[Callable[..., Drafter], Mapping[str, Any]]] = {
     "ngram": (lambda _, **options: NGram(**options), _options(NGram)),
     "lookahead": (lambda _, **options: Lookahead(**options), _options(Lookahead)),
-    "exit": (lambda _, **options: Exit(**options), _options(Exit)),
+    "exit": (_exit, _options(Exit)),
     "datastore": (_datastore, _options(Datastore, file=str)),
     "self": (_itself, _options(DraftModel, passes=str)),
     "model": (_load, _options(DraftModel, name=str)),

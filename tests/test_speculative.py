@@ -11,8 +11,9 @@ from models import random_program, tiny_config
 from scipy import stats
 from test_decode import compilations
 
-from jaxinfer.decode.draft import Known
+from jaxinfer.decode.drafters.datastore import Datastore
 from jaxinfer.decode.drafters.exit import Exit
+from jaxinfer.decode.drafters.lookahead import Lookahead
 from jaxinfer.decode.drafters.model import DraftModel
 from jaxinfer.decode.drafters.ngram import NGram
 from jaxinfer.decode.sampling import Sampling
@@ -27,7 +28,10 @@ from jaxinfer.text.tokenizer import Tokenizer
 
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [9], list(range(3, 43)), [7, 8] * 7]
 CACHES = {"dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",)}
-NAMES = ("itself", "rounded", "short_cache", "random", "ngram", "exit")
+NAMES = ("itself", "rounded", "short_cache", "random", "ngram", "exit", "datastore", "lookahead")
+
+
+CORPUS = (np.arange(500) ** 2 * 7 % 96).tolist()
 
 
 @functools.cache
@@ -47,6 +51,8 @@ def drafters() -> dict[str, object]:
         "random": DraftModel(other.model, length=5),
         "ngram": NGram(least=1, length=6),
         "exit": Exit(layers=1, length=3),
+        "datastore": Datastore.of(CORPUS, length=2, branches=3, least=1),
+        "lookahead": Lookahead(window=2, levels=2, drafts=2),
     }
 
 
@@ -54,9 +60,14 @@ def speculate(program: Program, drafter: object, **options) -> Program:
     return program.replace(decoder=Speculative(drafter, **options))
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "cache", "penalty"),
+    [
+        *itertools.product(NAMES, ["dense"], [1.0]),
+        *itertools.product(["rounded", "exit", "lookahead"], list(CACHES)[1:], [1.0]),
+        *itertools.product(["rounded", "exit", "datastore"], ["dense"], [1.3]),
+    ],
+)
 def test_greedy_gives_the_targets_tokens(name, cache, penalty):
     program = target(cache)
     options = dict(max_new_tokens=50, stop_ids=(), repetition_penalty=penalty)
@@ -70,7 +81,16 @@ def test_greedy_gives_the_targets_tokens(name, cache, penalty):
         assert gap <= 1e-3, f"row {row}, token {first}: the two tokens' scores differ by {gap}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["rounded", "exit", "datastore", "lookahead"])
+def test_samples_are_the_tokens_that_the_target_alone_would_draw(name):
+    """By the verifier "coupled": for the same seed, whatever is drafted."""
+    options = dict(max_new_tokens=40, temperature=1.2, top_k=20, stop_ids=())
+    expected = generate(target(), PROMPTS, seed=[1, 2, 3, 4], **options)
+    fast = speculate(target(), drafters()[name])
+    np.testing.assert_array_equal(generate(fast, PROMPTS, seed=[1, 2, 3, 4], **options).tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("name", ["short_cache", "ngram", "exit", "lookahead"])
 def test_limits_and_stops_are_those_of_plain_decoding(name):
     program = target()
     fast = speculate(program, drafters()[name])
@@ -96,7 +116,7 @@ def test_a_draft_that_is_the_target_is_kept_whole(verifier, temperature):
 
 
 def test_rows_do_not_depend_on_their_batch():
-    program = speculate(target(), drafters()["rounded"])
+    program = speculate(target(), drafters()["rounded"], verifier="block")
     options = dict(max_new_tokens=24, temperature=0.9, top_k=30, top_p=0.95, stop_ids=())
     together = generate(program, PROMPTS, seed=[4, 5, 6, 7], **options)
     for row in (0, 2):
@@ -123,7 +143,7 @@ def test_any_program_or_drafter_is_a_draft(stories):
     rows = [stories.tokenizer.encode(text) for text in ("Once upon a time", "Tom and Tom and")]
     expected = generate(stories, rows, **options).tokens
     for draft, length in ((apply(stories, "int8"), 5), ("ngram", 3), (NGram(least=1), None)):
-        program = speculative(stories, draft, length=length, verifier="rejection")
+        program = speculative(stories, draft, length=length, verifier="rejection", adapt=False)
         assert program.decoder.verifier == "rejection" and program.decoder.lookahead == (length or 7)
         np.testing.assert_array_equal(generate(program, rows, **options).tokens, expected)
     other = stories.replace(tokenizer=_Other())
@@ -147,28 +167,6 @@ def test_nothing_is_compiled_twice():
     with compilations() as found:
         generate(program, [p[::-1] for p in PROMPTS], max_new_tokens=8, seed=3)
     assert not found
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "expected"),
-    [
-        ([1, 2, 3, 4, 9, 9, 2, 3], {}, [4, 9, 9, 2]),
-        ([1, 2, 3, 4, 5, 2, 3, 6, 1, 2, 3], {}, [4, 5, 2, 3]),  # the longest match, not the latest
-        ([5, 2, 3, 6, 7, 2, 3, 8, 9, 2, 3], {}, [8, 9, 2, 3]),  # of equals the latest
-        ([7, 8, 7, 8, 7, 8], {}, [7, 8, 7, 8]),  # a text that repeats itself goes on
-        ([1, 2, 3, 4], {}, None),
-        ([1, 2, 3, 2], {}, None),  # one token is too little
-        ([1, 2, 3, 2], {"least": 1}, [3, 2, 3, 2]),
-        ([4], {"least": 1}, None),
-    ],
-)
-def test_prompt_lookup(text, options, expected):
-    tokens = jnp.asarray([text + [0] * 4, ([1, 2] * 8)[: len(text) + 4]], jnp.int32)  # what is past a row means nothing
-    known = Known(tokens, jnp.asarray([len(text), 5], jnp.int32))
-    draft = NGram(length=4, **options).lookup(known)
-    assert draft.count.tolist() == [0 if expected is None else 4, 4] and draft.laws is None
-    assert expected is None or draft.tokens[0].tolist() == expected
-    assert draft.tokens[1].tolist() == [2, 1, 2, 1]
 
 
 def law_of(program: Program, prompt: list[int], depth: int, sampling: dict) -> dict[tuple[int, ...], float]:
@@ -213,6 +211,8 @@ def assert_samples_have_law(program: Program, prompt: list[int], law: dict, coun
         ("random", "block", {"temperature": 1.3, "top_k": 3}),
         ("ngram", "block", {"temperature": 0.8, "min_p": 0.1}),
         ("ngram", "rejection", {"temperature": 1.0}),
+        ("datastore", "rejection", {"temperature": 1.0}),  # a tree
+        ("exit", "block", {"temperature": 1.0}),
     ],
 )
 def test_samples_have_the_targets_law(name, verifier, sampling):
@@ -223,6 +223,8 @@ def test_samples_have_the_targets_law(name, verifier, sampling):
         "rounded": DraftModel(apply(program, "int8").model, length=2),
         "random": DraftModel(other.model, length=3),
         "ngram": NGram(length=3, least=1),
+        "datastore": Datastore.of([x % 5 for x in CORPUS], length=2, branches=2, least=1),
+        "exit": Exit(layers=1, length=2),
     }[name]
     prompt = [1, 2, 3, 1, 2]
     fast = speculate(program, drafter, verifier=verifier)
@@ -231,7 +233,7 @@ def test_samples_have_the_targets_law(name, verifier, sampling):
 
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
 def test_samples_of_a_trained_model_have_its_law(stories, sampling):
-    fast = speculate(stories, DraftModel(apply(stories, "int4:group=43").model, length=3))
+    fast = speculate(stories, DraftModel(apply(stories, "int4:group=43").model, length=3), verifier="block")
     prompt = stories.tokenizer.encode("He")
     assert_samples_have_law(fast, prompt, law_of(stories, prompt, 3, sampling), 100_000, sampling)
 
@@ -240,6 +242,13 @@ def test_samples_of_a_trained_model_have_its_law(stories, sampling):
     ("make", "message"),
     [
         (lambda: NGram(least=3, most=2), "least=3, most=2"),
+        (lambda: Lookahead(window=0), "window=0"),
+        (lambda: Datastore.of([3]), "a datastore of 1 tokens: must be at least 2"),
+        (lambda: generate(speculate(target(), Exit(layers=2)), [[1]]), "layers=2: must be below the model's 2"),
+        (lambda: speculative(target(), "ngram:lenght=3"), "ngram has no option 'lenght'.*length"),
+        (lambda: speculative(target(), "exit"), "exit: needs layers="),
+        (lambda: speculative(target(), "self"), "self: needs passes="),
+        (lambda: speculative(target(), "datastore:length=3"), "datastore: needs file="),
         (lambda: DraftModel(target().model, length=0), "length=0"),
         (lambda: speculative(target(), "ngrm"), "no drafter 'ngrm'.*ngram"),
         (lambda: speculative(target(), verifier="blok"), "verifier='blok'"),

@@ -71,7 +71,7 @@ def widths_of(nodes: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((0, *between, nodes)))
 
 
-def choose_width(gain: Float[Array, "n"], rows: Float[Array, ""], costs: Costs, drafted: bool) -> Int[Array, ""]:
+def choose_width(gain: Float[Array, "n"], rows: Int[Array, ""] | int, costs: Costs, drafted: bool) -> Int[Array, ""]:
     """Return which width gives the most tokens for its time, where `rows` rows gain `gain` drafted tokens in all.
 
     `drafted` says that the draft is there already, and paid for.
