@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from command import run
-from data import data_dir
+from command import caller, lines_of, stories_path
 
 from jaxinfer.eval.spec_bench import Answer, summary
 from jaxinfer.eval.spec_table import draw, markdown, table
@@ -22,12 +21,12 @@ def questions(tmp_path):
     return path
 
 
-def test_drafters_answer_in_turns_with_plain_decoding(questions, tmp_path, stories):
-    model, out = data_dir() / "models" / "stories260K", tmp_path / "out"
-    args = ("spec-bench", str(model), "--drafters", "ngram", "--data", str(questions), "--max-new-tokens", "24")
-    first = run(*args, "--out", str(out))
-    assert first.returncode == 0, first.stderr
-    lines = [json.loads(line) for line in (out / "spec_bench.jsonl").read_text().splitlines()]
+def test_drafters_answer_in_turns_with_plain_decoding(questions, tmp_path, capsys):
+    run, out = caller(capsys), tmp_path / "out"
+    args = ("spec-bench", stories_path(), "--drafters", "ngram", "--data", questions, "--max-new-tokens", 24)
+    status, first, errors = run(*args, "--out", out)
+    assert status == 0, errors
+    lines = lines_of(out / "spec_bench.jsonl")
     assert [line["category"] for line in lines] == ["mt_bench", "qa"]
     for line in lines:
         plain, fast = line["answers"][""], line["answers"]["ngram"]
@@ -35,12 +34,11 @@ def test_drafters_answer_in_turns_with_plain_decoding(questions, tmp_path, stori
         assert sum(fast["checked"]) == fast["steps"] <= plain["steps"] == len(plain["tokens"]) - 1
         assert len(fast["check"]) == len(fast["draft"]) == len(fast["checked"]) and fast["check"][0] == 1
         assert min(plain["decode"], fast["decode"], plain["prefill"], *fast["check"]) > 0
-    assert "| ngram | mt_bench | 1 |" in first.stdout and "| ngram | all | 2 |" in first.stdout
+    assert "| ngram | mt_bench | 1 |" in first and "| ngram | all | 2 |" in first
     assert (out / "spec_bench.png").stat().st_size > 10_000
-    again = run(*args, "--out", str(out))  # nothing is asked twice
-    assert again.returncode == 0 and again.stdout == first.stdout
-    other = run(*args[:-1], "25", "--out", str(out))
-    assert other.returncode == 2 and "options" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+    assert run(*args, "--out", out)[:2] == (0, first)  # nothing is asked twice
+    status, _, errors = run(*args[:-1], 25, "--out", out)
+    assert status == 2 and "options" in errors and len(errors.strip().splitlines()) == 1
 
 
 def record(category, plain, fast, steps, checked):
@@ -76,7 +74,6 @@ def test_the_prediction_is_tokens_a_step_over_what_a_step_costs(tmp_path):
         (("--drafters", "ngram", "--per-category", "0"), "--per-category=0: must be 1 or more"),
     ],
 )
-def test_mistakes_are_one_line(args, message, questions):
-    done = run("spec-bench", "--data", str(questions), *args)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_mistakes_are_one_line(args, message, questions, capsys):
+    status, _, errors = caller(capsys)("spec-bench", "--data", questions, *args)
+    assert status == 2 and message in errors and len(errors.strip().splitlines()) == 1, errors
