@@ -88,7 +88,7 @@ def known_blocks(vmem_limit: int) -> Iterator[None]:
 
     def pallas_call(kernel: Any, out_shape: Any = None, *, grid_spec: Any, **options: Any) -> Any:
         count = grid_spec.num_scalar_prefetch
-        params = compat.compiler_params(("arbitrary",) * len(grid_spec.grid), vmem_limit)
+        params = dataclasses.replace(options["compiler_params"], vmem_limit_bytes=vmem_limit)
         options = {**options, "compiler_params": params, "cost_estimate": None, "metadata": None}
 
         def call(*args: Any) -> Any:

@@ -46,15 +46,13 @@ def packed_attention(
 def as_share(out: Float[Array, "B T N H"], lse: Float[Array, "B T N"], kv_heads: int) -> Share:
     """Return a part as a share, to merge it with others."""
     B, T, N, _ = out.shape
-    out, peak = (
-        x.reshape(B, T, kv_heads, N // kv_heads, -1).transpose(0, 2, 3, 1, 4) for x in (out, lse[..., None])
-    )
+    out, peak = (x.reshape(B, T, kv_heads, N // kv_heads, -1).transpose(0, 2, 3, 1, 4) for x in (out, lse[..., None]))
     return Share(out, jnp.ones_like(peak), peak)
 
 
 def as_part(found: Share) -> Part:
     """Return a share as attention and its log-sum-exp."""
-    B, K, G, T, H = found.out.shape
+    B, K, G, T, _ = found.out.shape
     total = jnp.where(found.total == 0, 1, found.total)
     lse = jnp.where(found.total == 0, -jnp.inf, found.peak + jnp.log(total))
     out, lse = (x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, -1) for x in (found.out / total, lse))

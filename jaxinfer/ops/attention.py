@@ -56,7 +56,10 @@ def attention(
 
 
 def by_query_blocks(
-    attend: Callable[..., Any], q: Float[Array, "B T N H"], positions: Int[Array, "B T"], *more: Shaped[Array, "B T ..."]
+    attend: Callable[..., Any],
+    q: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    *more: Shaped[Array, "B T ..."],
 ) -> Any:
     """Return `attend(queries, positions, index of the first, *more)` of blocks of at most 256 queries, one by one.
 

@@ -1,4 +1,4 @@
-"""Attention over pages of packed groups in plain jax: every row's pages are gathered, `kivi_attention` does the rest."""
+"""Attention over pages of packed groups in plain jax: rows' pages are gathered, `kivi_attention` does the rest."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8

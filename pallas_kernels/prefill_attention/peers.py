@@ -54,4 +54,4 @@ def _xla(q, k, v, *, scale):
 
 PEERS = {"flash": _flash(None), "xla": _xla}
 PEERS |= {f"flash_{n}": _flash(n) for n in (256, 512, 1024)}
-PEERS |= {f"splash_{n}": _splash(n) for n in (512, 1024, 2048)}
+PEERS |= {f"splash_{n}": _splash(n) for n in (512, 1024)}

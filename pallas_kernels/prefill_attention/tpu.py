@@ -46,7 +46,7 @@ def prefill_attention(
             them than SMEM holds.
         ValueError: what does not belong together; blocks that need too much VMEM.
     """
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     K, S = k.shape[1:3]
     _check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
     chosen = blocks or tuning.blocks(
