@@ -11,7 +11,7 @@ from pallas_kernels.paged_kivi_attention import reference, tpu
 from pallas_kernels.paged_kivi_attention.tpu import shape_class
 
 F32, BF16 = jnp.float32, jnp.bfloat16
-RACES = ("splits", "bf16")
+RACES = ("splits",)
 
 
 def case(
