@@ -29,7 +29,7 @@ class Case:
     spoil: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
-        """Return arrays: normal numbers, whole-range integers, and small positive numbers for what is named a scale."""
+        """Return arrays: normal numbers, whole-range integers, and small positive numbers for scales and grids."""
         rng = np.random.default_rng(seed)
         return _inputs(rng, self.shapes)
 
@@ -50,7 +50,7 @@ def _draw(rng: np.random.Generator, name: str, shape: jax.ShapeDtypeStruct) -> j
     if jnp.issubdtype(shape.dtype, jnp.integer):
         bounds = jnp.iinfo(shape.dtype)
         return jnp.asarray(rng.integers(max(bounds.min, -127), bounds.max, shape.shape, endpoint=True), shape.dtype)
-    if "scale" in name:
+    if "scale" in name or "grid" in name:
         return jnp.asarray(rng.uniform(0.004, 0.02, shape.shape), shape.dtype)
     return jnp.asarray(rng.standard_normal(shape.shape), shape.dtype)
 

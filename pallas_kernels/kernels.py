@@ -4,7 +4,10 @@ import importlib
 
 from pallas_kernels.case import Kernel
 
-KERNELS = ("decode_attention", "quantized_matmul", "paged_decode_attention", "prefill_attention", "kivi_attention")
+KERNELS = (
+    "decode_attention", "quantized_matmul", "paged_decode_attention", "prefill_attention", "kivi_attention",
+    "kivi_prefill_attention", "paged_kivi_attention",
+)  # fmt: skip
 
 
 def kernel(name: str) -> Kernel:

@@ -2,12 +2,13 @@
 
     pip install --no-deps --target PEER tokamax immutabledict einshape typeguard==2.13.3 pydantic pydantic-core \\
         annotated-types typing-inspection absl-py
-    python scripts/replay_measured.py --tokamax PEER [--rows 4096] [--out replay.jsonl]
+    python scripts/replay_measured.py --tokamax PEER [--kernel attention] [--rows 4096] [--out replay.jsonl]
 
-tokamax ships the times of its grouped matrix product (`ragged_dot`) on a TPU v5e, with the tile sizes that it found.
-Each is compiled and simulated with those tiles and the first groups that fill `--rows` rows (a whole one is too long to
-simulate), and scaled by the products. Prints a JSON line an entry, and the distribution of predicted over measured
-times. The product never imports tokamax.
+tokamax ships the times of its kernels with the tile sizes that it found: of the grouped matrix product (`ragged_dot`)
+on a TPU v5e, and of splash attention on a TPU 7x (`replay_attention.py`). Each is compiled and simulated with those
+tiles. Of a grouped product the first groups that fill `--rows` rows are (a whole one is too long to simulate), and
+scaled by the products. Prints a JSON line an entry, and the distribution of predicted over measured times. The product
+never imports tokamax.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import replay_attention
 
 from pallas_kernels import chips, compat, static_profile
 
@@ -158,22 +161,27 @@ def main(argv: list[str] | None = None) -> None:
     """Replay every entry, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokamax", type=Path, required=True, help="the folder that it is installed in")
+    parser.add_argument("--kernel", choices=["ragged_dot", "attention"], default="ragged_dot")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--entry", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--dump", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    found = entries(args.tokamax)
+    attention = args.kernel == "attention"
+    found = (replay_attention.entries if attention else entries)(args.tokamax)
     if args.entry is not None:
         sys.path.append(str(args.tokamax))
-        print(json.dumps(simulate(found[args.entry], args.rows, args.dump)))
+        entry = found[args.entry]
+        line = replay_attention.simulate(entry, args.dump) if attention else simulate(entry, args.rows, args.dump)
+        print(json.dumps(line))
         return
     ratios = []
     for i, entry in enumerate(found):
         with tempfile.TemporaryDirectory() as dump:
             command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--entry", str(i), "--dump", dump]
             run = subprocess.run(command, env=static_profile.environment(dump), capture_output=True, text=True)
-        line = {"chip": "v5e", **{k: entry[k] for k in ("lhs", "rhs", "config", "measured_us")}}
+        line = {"chip": replay_attention.CHIP if attention else "v5e", **entry}
+        line.pop("groups", None)
         answer = [text for text in run.stdout.splitlines() if text.startswith("{")]
         if answer:
             line |= json.loads(answer[0])

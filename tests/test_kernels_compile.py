@@ -41,6 +41,7 @@ def test_under_shard_map_on_four_devices(chip):
         ("decode_kv_fp8", {"decode_attention": 2}),
         ("decode_kv_int4", {"kivi_attention": 2}),
         ("verify_kv_int4", {"kivi_attention": 2}),
+        ("prefill_kv_int4", {"kivi_prefill_attention": 2}),
         ("decode_kv_int4_of_32", {}),
         ("prefill_kv_int8", {"prefill_attention": 2}),
         ("decode_int8", {"decode_attention": 2, "quantized_matmul": 15}),

@@ -224,29 +224,28 @@ def test_kivi_is_rewound_exactly_within_its_slack(batch):
     np.testing.assert_allclose(found[:, kept:], expected[:, kept:], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("T", "window", "softcap"), [(1, None, None), (8, 100, 2.0)])
-def test_the_kernel_reads_the_packed_groups_of_a_cache(monkeypatch, T, window, softcap):
-    """Rows before, across and at a boundary, one with nothing packed, and one of padding alone."""
+@pytest.mark.parametrize(("T", "window", "softcap"), [(1, None, None), (8, 100, 2.0), (90, None, None)])
+def test_the_kernels_read_the_packed_groups_of_a_cache(monkeypatch, T, window, softcap):
+    """Rows before, across and at a boundary, one with nothing packed at first, and one of padding alone."""
     kind, filled = Kivi(group=64, residual=20), np.array([200, 207, 211, 40, 150])
     B, S = len(filled), 512
     cache = kind.create(B, S, K, 64, jnp.float32)
-    k, v, q = map(jnp.asarray, (draw(0, B, 256, K, 64), draw(1, B, 256, K, 64), draw(2, B, T, N, 64)))
-    cache = cache.append(k, v, integers(*[0] * B), integers(*filled)).rewind(integers(*filled))
+    k, v, q = map(jnp.asarray, (draw(0, B, 320, K, 64), draw(1, B, 320, K, 64), draw(2, B, T, N, 64)))
+    cache = cache.append(k, v, integers(*[0] * B), integers(*filled + T)).rewind(integers(*filled))
     counts = np.array([T, T, T, T, 0])
     positions = jnp.asarray(np.where(np.arange(T) < counts[:, None], filled[:, None] + np.arange(T), -1), jnp.int32)
-    kernel = functools.partial(packed_attention.kivi_attention.tpu, interpret=True)
-    kernel = functools.partial(kernel, blocks={"slots": S, "heads": 2, "buffers": 2, "splits": 1})
-    monkeypatch.setattr(packed_attention.kivi_attention, "tpu", kernel)
-    given = (q, cache.groups, positions, kind.boundary(positions))
-    options = dict(scale=0.2, window=window, softcap=softcap)
-    found, expected = (
-        np.asarray(out / total * np.exp(peak - 3))
-        for out, total, peak in (
-            (x.out, x.total, x.peak + jnp.log(x.total))
-            for x in (f(*given, **options) for f in (packed_attention._by_kernel, packed_attention._by_blocks))
-        )
+    for name, blocks in (
+        ("kivi_attention", {"slots": S, "heads": 2, "buffers": 2, "splits": 1}),
+        ("kivi_prefill_attention", {"queries": 48, "slots": 128, "rows": 48, "buffers": 2}),
+    ):
+        module = getattr(packed_attention, name)
+        monkeypatch.setattr(module, "tpu", functools.partial(module.tpu, interpret=True, blocks=blocks))
+    options = dict(residual=kind.residual, scale=0.2, window=window, softcap=softcap)
+    parts = (
+        f(q, cache.groups, positions, **options) for f in (packed_attention._by_kernel, packed_attention._by_blocks)
     )
-    assert np.abs(expected[:3]).max() > 0.01 and not expected[3:].any()
+    found, expected = (np.asarray(out * np.exp(lse - 3)[..., None]) for out, lse in parts)
+    assert np.abs(expected[:3]).max() > 0.01 and not expected[3, :43].any() and not expected[4].any()
     np.testing.assert_allclose(found[:4], expected[:4], rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.isfinite(found).all()
 

@@ -27,6 +27,7 @@ PROGRAMS = [
     ("decode_kv_fp8", 1, "bfloat16", ("kv_fp8",)),
     ("decode_kv_int4", 1, "bfloat16", (("kv_int4", {"group": 64}),)),
     ("verify_kv_int4", 4, "bfloat16", (("kv_int4", {"group": 64}),)),
+    ("prefill_kv_int4", 64, "bfloat16", (("kv_int4", {"group": 64}),)),
     ("decode_kv_int4_of_32", 1, "bfloat16", ("kv_int4",)),
     ("prefill_kv_int8", 64, "bfloat16", ("kv_int8",)),
     ("decode_int8", 1, "bfloat16", ("int8",)),

@@ -84,6 +84,14 @@ class Groups(nnx.Module):
         return jax.tree.map(part, self, new)
 
 
+def packed_before(positions: Int[Array, "*B"], group: int, residual: int) -> Int[Array, "*B"]:
+    """Return how many tokens are packed for a query at each position: whole groups, and `residual` newer ones are not.
+
+    The kernels of `pallas_kernels` know the same rule.
+    """
+    return group * jnp.maximum(0, (positions + 1 - residual) // group)
+
+
 def quantize_groups(k: Float[Array, "B K M G H"], v: Float[Array, "B K M G H"], bits: int) -> Groups:
     """Return the groups in `bits` bits a number; a run of value channels is G long, or all H where G does not divide H.
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxinfer.cache.groups import Groups, quantize_groups
-from jaxinfer.cache.packed_attention import packed_share
+from jaxinfer.cache.groups import Groups, packed_before, quantize_groups
+from jaxinfer.cache.packed_attention import as_share, packed_attention
 from jaxinfer.cache.slots import pick, write
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import (
@@ -70,7 +70,7 @@ class Kivi:
 
     def boundary(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """Return how many tokens are quantized ones for a query at each position."""
-        return self.group * jnp.maximum(0, (positions + 1 - self.residual) // self.group)
+        return packed_before(positions, self.group, self.residual)
 
 
 @nnx.dataclass
@@ -133,7 +133,7 @@ class KiviLayer(nnx.Module):
         softcap: float | None,
         tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T N H"], "KiviLayer"]:
-        """Attend over the packed groups, a block of them at a time, and over the recent tokens."""
+        """Attend over the packed groups, and over the recent tokens."""
         if self.groups is None:
             options = dict(scale=scale, window=window, softcap=softcap)
             return attention(q, self.k, self.v, positions, tree=tree, **options), self
@@ -142,7 +142,12 @@ class KiviLayer(nnx.Module):
         end = positions[:, 0] + (positions >= 0).sum(axis=1) if self.chunk is None else self.chunk.start
         held = _held(end, self.k.shape[2])
 
-        def attend(q: Array, positions: Array, first: Array) -> Array:
+        options = dict(scale=scale, window=window, softcap=softcap)
+        # None of a tree's nodes is packed as yet, and their positions do not follow on one another.
+        options["consecutive"] = tree is None
+        old = packed_attention(q, self.groups, positions, residual=self.kind.residual, **options)
+
+        def attend(q: Array, positions: Array, first: Array, *old: Array) -> Array:
             grouped, boundary = group_heads(q, self.k.shape[1], scale), self.kind.boundary(positions)
 
             def as_they_are(k, v, slots):
@@ -152,12 +157,9 @@ class KiviLayer(nnx.Module):
             found = as_they_are(self.k, self.v, held)
             if self.chunk is not None:
                 found = merge(found, as_they_are(*self._near(first)))
-            options = dict(scale=scale, window=window, softcap=softcap)
-            # None of a tree's nodes is packed as yet: a window is all that tells their positions from a chunk's.
-            old = packed_share(q, self.groups, positions, boundary, consecutive=tree is None, **options)
-            return ungroup_heads(merge(found, old), q)
+            return ungroup_heads(merge(found, as_share(*old, self.k.shape[1])), q)
 
-        return by_query_blocks(attend, q, positions), self._settled()
+        return by_query_blocks(attend, q, positions, *old), self._settled()
 
     def rewind(self, length: Int[Array, "B"]) -> "KiviLayer":
         """Nothing to do but to let go of the chunk: what lies past the length is masked, and written again."""

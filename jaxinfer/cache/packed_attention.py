@@ -1,77 +1,101 @@
-"""Attention over packed groups: what the old tokens contribute to a softmax that recent ones have a part in too."""
+"""Attention over packed groups: the old tokens' part of a softmax that recent ones have a part in too."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.cache.groups import Groups, dequantize_groups
-from jaxinfer.ops.attention import Share, group_heads, share, visible
+from jaxinfer.cache.groups import Groups, dequantize_groups, packed_before
+from jaxinfer.ops.attention import Share, by_query_blocks, group_heads, share, visible
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.online_attention import SLOT_BLOCK, merge, shares_of_blocks
 from jaxinfer.ops.tpu_attention import DECODE_TOKENS
-from pallas_kernels import kivi_attention
+from pallas_kernels import kivi_attention, kivi_prefill_attention
+
+Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # attention over some slots, its log-sum-exp: float32
 
 
-def packed_share(
+def packed_attention(
     q: Float[Array, "B T N H"],
     groups: Groups,
     positions: Int[Array, "B T"],
-    boundary: Int[Array, "B T"],
     *,
+    residual: int,
     scale: float,
     window: int | None,
     softcap: float | None,
     consecutive: bool = True,
     implementation: Implementation | None = None,
-) -> Share:
-    """Return the share of the packed tokens: query t of row b reads those before boundary[b, t], whole groups of them.
+) -> Part:
+    """Return attention over the packed tokens, and its log-sum-exp: a query reads those that are packed for it.
 
-    A row's queries follow on one another where they are `consecutive`; no boundary is before the first one's.
+    A row's positions follow on one another where they are `consecutive`, and none is before the first one's; negative
+    ones are padding after them. A query that sees nothing gets
+    numbers, and a log-sum-exp that gives them no weight.
 
     Raises:
         NotImplementedError: the implementation that is named can't do it; why.
     """
-    options = dict(scale=scale, window=window, softcap=softcap)
+    options = dict(residual=residual, scale=scale, window=window, softcap=softcap)
+
+    def xla(q, groups, positions):
+        return by_query_blocks(lambda q, p, _: _by_blocks(q, groups, p, **options), q, positions)
+
     pallas = functools.partial(_by_kernel, consecutive=consecutive, **options)
-    xla = functools.partial(_by_blocks, **options)
-    return choose(implementation, pallas, xla, q, groups, positions, boundary)
+    return choose(implementation, pallas, xla, q, groups, positions)
 
 
-def _by_kernel(q, groups, positions, boundary, *, consecutive, scale, window, softcap):
+def as_share(out: Float[Array, "B T N H"], lse: Float[Array, "B T N"], kv_heads: int) -> Share:
+    """Return a part as a share, to merge it with others."""
+    B, T, N, _ = out.shape
+    out, peak = (x.reshape(B, T, kv_heads, N // kv_heads, -1).transpose(0, 2, 3, 1, 4) for x in (out, lse[..., None]))
+    return Share(out, jnp.ones_like(peak), peak)
+
+
+def as_part(found: Share) -> Part:
+    """Return a share as attention and its log-sum-exp."""
+    B, K, G, T, _ = found.out.shape
+    total = jnp.where(found.total == 0, 1, found.total)
+    lse = jnp.where(found.total == 0, -jnp.inf, found.peak + jnp.log(total))
+    out, lse = (x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, -1) for x in (found.out / total, lse))
+    return out, lse[..., 0]
+
+
+def _by_kernel(q, groups, positions, *, consecutive, residual, **options: Any) -> Part:
     T, G = q.shape[1], groups.size
-    if groups.bits != 4 or min(DECODE_TOKENS, G) < T:
-        raise NotImplementedError(f"{T} queries over {groups.bits}-bit codes: must be few, over codes of 4 bits")
-    if not consecutive and window is not None:
-        raise NotImplementedError("a window and queries that don't follow on one another")
+    if groups.bits != 4:
+        raise NotImplementedError(f"codes of {groups.bits} bits: must be of 4")
+    if not consecutive and (options["window"] is not None or min(DECODE_TOKENS, G) < T):
+        raise NotImplementedError(f"{T} queries that don't follow on one another: must be few, and without a window")
+    arrays = (groups.k_codes, groups.v_codes, groups.k_scale, groups.k_offset, groups.v_scale, groups.v_offset)
+    boundary = packed_before(positions, G, residual)
+    options |= dict(group=G, position=positions[:, 0], return_lse=True)
+    if T > DECODE_TOKENS:
+        out, lse = kivi_prefill_attention.tpu(q, *arrays, boundary.max(axis=1), residual=residual, **options)
+        return out.astype(jnp.float32), lse
     # Padding comes last, so the first query's boundary is that of no other one's padding.
-    out, lse = kivi_attention.tpu(
-        q, groups.k_codes, groups.v_codes, groups.k_scale, groups.k_offset, groups.v_scale, groups.v_offset,
-        boundary[:, 0], scale=scale, group=G, position=positions[:, 0], window=window, softcap=softcap, return_lse=True,
-    )  # fmt: skip
-    B, _, N, _ = q.shape
-    K = groups.k_scale.shape[1]
-
-    def grouped(x):
-        return x.astype(jnp.float32).reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
-
-    found = Share(grouped(out), jnp.ones((B, K, N // K, T, 1), jnp.float32), grouped(lse))
+    out, lse = kivi_attention.tpu(q, *arrays, boundary[:, 0], **options)
+    out = out.astype(jnp.float32)
     if T == 1:
-        return found
+        return out, lse
     # One group at most is packed for some of a row's queries and not for its first.
+    K = groups.k_scale.shape[1]
     index = jnp.minimum(boundary[:, 0] // G, groups.count - 1)
     slots = index[:, None] * G + jnp.arange(G)
-    seen = visible(positions, slots, window)
+    seen = visible(positions, slots, options["window"])
     seen &= (slots[:, None] >= boundary[:, :1, None]) & (slots[:, None] < boundary[..., None])
     k, v = dequantize_groups(groups.of_rows(index), q.dtype)
-    return merge(found, share(group_heads(q, K, scale), k, v, seen, softcap))
+    more = share(group_heads(q, K, options["scale"]), k, v, seen, options["softcap"])
+    return as_part(merge(as_share(out, lse, K), more))
 
 
-def _by_blocks(q, groups, positions, boundary, *, scale, window, softcap):
+def _by_blocks(q, groups, positions, *, residual, scale, window, softcap) -> Part:
     """Unpack a block of groups at a time."""
     grouped = group_heads(q, groups.k_scale.shape[1], scale)
     G, M = groups.size, groups.count
     size = min(M, max(1, SLOT_BLOCK // G))
+    boundary = packed_before(positions, G, residual)
 
     def read(i: Array):
         start = jnp.minimum(i * size, M - size)
@@ -85,4 +109,4 @@ def _by_blocks(q, groups, positions, boundary, *, scale, window, softcap):
     if window is not None:
         earliest = jnp.where(positions < 0, M * G, positions).min() - window + 1
         first = jnp.maximum(earliest, 0) // (size * G)
-    return shares_of_blocks(grouped, read, first, last, softcap)
+    return as_part(shares_of_blocks(grouped, read, first, last, softcap))

@@ -1,11 +1,11 @@
 """Softmax attention of query tokens against cache slots, masked by absolute positions."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped, UInt8
 
 from jaxinfer.errors import InputError
 from jaxinfer.ops.implementation import Implementation, choose
@@ -69,19 +69,27 @@ def check_tree(q: Float[Array, "B T N H"], tree: TokenTree | None) -> None:
 
 
 def by_query_blocks(
-    attend: Callable[[Array, Array, Array], Array], q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
-) -> Float[Array, "B T N H"]:
-    """Return `attend(queries, their positions, index of the first)` of blocks of at most 256 queries, one by one."""
+    attend: Callable[..., Any],
+    q: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    *more: Shaped[Array, "B T ..."],
+) -> Any:
+    """Return `attend(queries, positions, index of the first, *more)` of blocks of at most 256 queries, one by one.
+
+    What it gives, `[B, T, ...]` each, is that of all queries.
+    """
     T = q.shape[1]
     if T <= QUERY_BLOCK:
-        return attend(q, positions, jnp.int32(0))
+        return attend(q, positions, jnp.int32(0), *more)
     blocks = -(-T // QUERY_BLOCK)
-    pad = blocks * QUERY_BLOCK - T
-    q_blocks = jnp.stack(jnp.split(jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))), blocks, axis=1))
-    p_blocks = jnp.stack(jnp.split(jnp.pad(positions, ((0, 0), (0, pad)), constant_values=-1), blocks, axis=1))
+
+    def cut(x, fill=0):
+        pad = ((0, 0), (0, blocks * QUERY_BLOCK - T), *((0, 0),) * (x.ndim - 2))
+        return jnp.stack(jnp.split(jnp.pad(x, pad, constant_values=fill), blocks, axis=1))
+
     first = jnp.arange(blocks, dtype=jnp.int32) * QUERY_BLOCK
-    out = jax.lax.map(lambda block: attend(*block), (q_blocks, p_blocks, first))
-    return jnp.concatenate(list(out), axis=1)[:, :T]
+    found = jax.lax.map(lambda block: attend(*block), (cut(q), cut(positions, -1), first, *map(cut, more)))
+    return jax.tree.map(lambda x: jnp.concatenate(list(x), axis=1)[:, :T], found)
 
 
 def _attend_block(q, k, v, positions, tree, scale, window, softcap):

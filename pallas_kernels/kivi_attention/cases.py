@@ -33,19 +33,8 @@ def case(
     **options: Any,
 ) -> Case:
     """Return a case; `grid` is the dtype of scales and offsets, `ahead` how far queries are past the packed tokens."""
-    struct = jax.ShapeDtypeStruct
-    M = S // group
-    shapes: dict[str, Any] = {
-        "q": struct((B, T, K * G, H), dtype),
-        "k_codes": struct((B, K, S // 2, H), jnp.uint8),
-        "v_codes": struct((B, K, S // 2, H), jnp.uint8),
-        "k_scale": struct((B, K, M, H), grid),
-        "k_offset": struct((B, K, M, H), grid),
-        "v_scale": struct((B, K * runs, S), grid),
-        "v_offset": struct((B, K * runs, S), grid),
-        "length": np.array(length, np.int32),
-        "position": np.array(length, np.int32) + ahead,
-    }
+    shapes = packed(B, T, K, G, S, H, group=group, runs=runs, dtype=dtype, grid=grid)
+    shapes |= {"length": np.array(length, np.int32), "position": np.array(length, np.int32) + ahead}
     live = sum(length)
     size = jnp.dtype(grid).itemsize
     return Case(
@@ -55,12 +44,29 @@ def case(
         flops=4.0 * live * T * K * G * H,
         bytes=1.0 * live * K * (H + 2 * size * (H / group + runs)),
         blocks={"slots": S, "heads": 2, "buffers": 2, "splits": 1} | (blocks or {}),
-        spoil=_spoil,
+        spoil=spoil,
         races=name in RACES,
     )
 
 
-def _spoil(inputs: dict[str, Any]) -> dict[str, Any]:
+def packed(
+    B: int, T: int, K: int, G: int, S: int, H: int, *, group: int, runs: int, dtype: Any, grid: Any
+) -> dict[str, Any]:
+    """Return the shapes of queries and of packed groups."""
+    struct = jax.ShapeDtypeStruct
+    M = S // group
+    return {
+        "q": struct((B, T, K * G, H), dtype),
+        "k_codes": struct((B, K, S // 2, H), jnp.uint8),
+        "v_codes": struct((B, K, S // 2, H), jnp.uint8),
+        "k_scale": struct((B, K, M, H), grid),
+        "k_offset": struct((B, K, M, H), grid),
+        "v_scale": struct((B, K * runs, S), grid),
+        "v_offset": struct((B, K * runs, S), grid),
+    }
+
+
+def spoil(inputs: dict[str, Any]) -> dict[str, Any]:
     """Fill the scales and offsets of groups that are not live with NaN."""
     length, changed = inputs["length"], dict(inputs)
     S, M = inputs["v_scale"].shape[2], inputs["k_scale"].shape[2]

@@ -25,6 +25,22 @@ def kivi_attention(
     return_lse: bool = False,
 ):
     """Return what the contract of this folder says, in q's dtype."""
+    keys, values = dequantize(k_codes, v_codes, k_scale, k_offset, v_scale, v_offset, group)
+    return decode_attention(
+        q, keys, values, length, scale=scale, position=position, window=window, softcap=softcap, return_lse=return_lse
+    )
+
+
+def dequantize(
+    k_codes: UInt8[Array, "B K S2 H"],
+    v_codes: UInt8[Array, "B K S2 H"],
+    k_scale: Float[Array, "B K M H"],
+    k_offset: Float[Array, "B K M H"],
+    v_scale: Float[Array, "B KR S"],
+    v_offset: Float[Array, "B KR S"],
+    group: int,
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Return the keys and values of all tokens in float32."""
     B, K, _, H = k_codes.shape
     S = v_scale.shape[2]
     runs = v_scale.shape[1] // K
@@ -37,10 +53,7 @@ def kivi_attention(
         return x.repeat(H // runs, axis=3)
 
     keys = unpack(k_codes, group) * per_token(k_scale) + per_token(k_offset)
-    values = unpack(v_codes, group) * per_channel(v_scale) + per_channel(v_offset)
-    return decode_attention(
-        q, keys, values, length, scale=scale, position=position, window=window, softcap=softcap, return_lse=return_lse
-    )
+    return keys, unpack(v_codes, group) * per_channel(v_scale) + per_channel(v_offset)
 
 
 def unpack(codes: UInt8[Array, "B K S2 H"], group: int) -> Float[Array, "B K S H"]:

@@ -4,20 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import chips, compat, tuning
 from pallas_kernels.calls import Interpret, Known
-from pallas_kernels.codes import widen
-from pallas_kernels.decode_attention.products import TOP, dot, integer, integer_dot, joined, two_bytes
+from pallas_kernels.decode_attention.products import integer
 from pallas_kernels.decode_attention.rows import attend_rows
-
-NIBBLES = np.int32(0x0F0F0F0F)
+from pallas_kernels.kivi_attention.products import PackedInside
 
 
 def kivi_attention(
@@ -107,7 +103,7 @@ class Packed:
         return _PackedInside(self, arrays, scratch)
 
 
-class _PackedInside:
+class _PackedInside(PackedInside):
     def __init__(self, store: Packed, arrays: Sequence[Any], scratch: Sequence[Any]):
         self.store, self.arrays = store, arrays
         self.buffers, self.semaphores = scratch[:-1], scratch[-1]
@@ -131,88 +127,15 @@ class _PackedInside:
             for i, (array, to, place) in enumerate(zip(self.arrays, self.buffers, places, strict=True))
         ]
 
-    def begin(self, queries) -> None:
-        """Nothing to prepare: a query is scaled for each group."""
+    def codes(self, i, h, buffer):
+        """Return the bytes of a head."""
+        return self.buffers[i][buffer, h]
 
-    def _codes(self, i, buffer, dtype):
-        """Return for each head the codes of each group, `[G, H]`, the tokens in order."""
-        store = self.store
-        half = store.group // 2
-        found = []
-        for h in range(store.heads):
-            words = pltpu.bitcast(self.buffers[i][buffer, h], jnp.int32)  # of four rows
-            low, high = (
-                widen(pltpu.bitcast(x & NIBBLES, jnp.int8), dtype)
-                for x in (words, jax.lax.shift_right_logical(words, 4))
-            )
-            at = range(0, store.slots // 2, half)
-            found.append([jnp.concatenate([low[m : m + half], high[m : m + half]]) for m in at])
-        return found
+    def key_grid(self, h, buffer):
+        """Return the scales and the offsets of a head's keys."""
+        return tuple(self.buffers[i][buffer, h].astype(jnp.float32) for i in (2, 3))
 
-    def scores(self, queries, buffer):
-        """Return the scores of the block in a buffer, `[heads * R, slots]`."""
-        store, dtype = self.store, queries[0].dtype
-        each, groups = range(store.heads), range(store.slots // store.group)
-        codes = self._codes(0, buffer, jnp.int8 if store.integer else dtype)
-        scales, offsets = ([self.buffers[i][buffer, h].astype(jnp.float32) for h in each] for i in (2, 3))
-        wide = [q.astype(jnp.float32) for q in queries]
-        scaled = [[wide[h] * scales[h][m : m + 1] for m in groups] for h in each]
-        last = ((1,), (1,))
-        if store.integer:
-            steps = [[jnp.abs(x).max(axis=1, keepdims=True) / TOP for x in own] for own in scaled]
-            parts = [
-                [two_bytes(x / jnp.where(s == 0, 1, s)) for x, s in zip(*own, strict=True)]
-                for own in zip(scaled, steps, strict=True)
-            ]
-            products = [
-                [joined(integer_dot(parts[h][m], codes[h][m], last)) * steps[h][m] for m in groups] for h in each
-            ]
-        else:
-            products = [[dot(scaled[h][m].astype(dtype), codes[h][m], last) for m in groups] for h in each]
-        shifts = [[(wide[h] * offsets[h][m : m + 1]).sum(axis=1, keepdims=True) for m in groups] for h in each]
-        return jnp.concatenate([jnp.concatenate([products[h][m] + shifts[h][m] for m in groups], axis=1) for h in each])
-
-    def mixed(self, weights, buffer, dtype, alive):
-        """Return its values under the weights, `[heads * R, H]`."""
-        store = self.store
-        runs, R = store.runs, weights.shape[0] // store.heads
-        codes = self._codes(1, buffer, jnp.int8 if store.integer else dtype)
-        channel, width = jax.lax.broadcasted_iota(jnp.int32, (R, store.head_dim), 1), store.head_dim // runs
-
-        def lines(i, h):
-            found = self.buffers[i][buffer, h * runs : (h + 1) * runs].astype(jnp.float32)
-            return found if alive is None else jnp.where(alive[1], found, 0)
-
-        each = range(store.heads)
-        own = [weights[h * R : (h + 1) * R] for h in each]
-        factors, shifts = ([lines(i, h) for h in each] for i in (4, 5))
-        scaled = [[own[h] * factors[h][r : r + 1] for r in range(runs)] for h in each]
-        codes = [jnp.concatenate(x) for x in codes]
-        first = ((1,), (0,))
-        if store.integer:
-            steps = [
-                [jnp.abs(factors[h][r : r + 1]).max(axis=1, keepdims=True) / TOP for r in range(runs)] for h in each
-            ]
-            parts = [
-                jnp.concatenate([two_bytes(x / jnp.where(s == 0, 1, s)) for x, s in zip(*own, strict=True)])
-                for own in zip(scaled, steps, strict=True)
-            ]
-            bare = [integer_dot(parts[h], codes[h], first) for h in each]
-            products = [[joined(bare[h][2 * r * R :][: 2 * R]) * steps[h][r] for r in range(runs)] for h in each]
-        else:
-            bare = [dot(jnp.concatenate(scaled[h]).astype(dtype), codes[h], first) for h in each]
-            products = [[bare[h][r * R : (r + 1) * R] for r in range(runs)] for h in each]
-        found = []
-        for h in each:
-            total = jnp.zeros((R, store.head_dim), jnp.float32)
-            for r in range(runs):
-                shift = (own[h] * shifts[h][r : r + 1]).sum(axis=1, keepdims=True)
-                total = jnp.where(channel >= r * width, products[h][r] + shift, total)
-            found.append(total)
-        return jnp.concatenate(found)
-
-    def write(self, row, first_head, base, buffer, length):
-        """Nothing is appended to packed groups here."""
-
-    def wrote(self, row, first_head, base, buffer, length):
-        """Nothing was."""
+    def value_grid(self, h, buffer):
+        """Return the scales and the offsets of a head's values."""
+        own = slice(h * self.store.runs, (h + 1) * self.store.runs)
+        return tuple(self.buffers[i][buffer, own].astype(jnp.float32) for i in (4, 5))

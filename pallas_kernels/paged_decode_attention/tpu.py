@@ -17,6 +17,7 @@ from pallas_kernels.calls import Interpret, Known, div, rem
 from pallas_kernels.decode_attention import products
 from pallas_kernels.decode_attention.rows import attend_rows
 from pallas_kernels.decode_attention.tpu import numbers
+from pallas_kernels.paged_decode_attention.pages import PageCopies
 
 
 def paged_decode_attention(
@@ -147,15 +148,10 @@ class _PagedInside:
         found = []
         for i, (array, to) in enumerate(zip(self.arrays, self.buffers, strict=True)):
 
-            def one(j, array=array, to=to, i=i):
-                number = self.table[row, block * store.pages + j]
-                return pltpu.make_async_copy(array.at[number, heads], to.at[buffer, j], self.semaphores.at[buffer, i])
+            def source(j, array=array):
+                return array.at[self.table[row, block * store.pages + j], heads]
 
-            def whole(array=array, to=to, i=i):
-                # As many bytes as all pages of the block: one wait for all of their copies.
-                return pltpu.make_async_copy(to.at[buffer], to.at[buffer], self.semaphores.at[buffer, i])
-
-            found.append(_Pages(one, whole, live, store.pages))
+            found.append(PageCopies(source, to, buffer, self.semaphores.at[buffer, i], live))
         return found
 
     def begin(self, queries) -> None:
@@ -257,33 +253,3 @@ class _PagedInside:
             here, there = source.at[(buffer, page, *rows)], array.at[(number, heads, *rows[1:])]
             copies.append(pltpu.make_async_copy(here, there, self.writing.at[i]))
         return copies
-
-
-class _Pages:
-    """The copies of a block's pages, of which the first `live` are made."""
-
-    def __init__(self, one, whole, live, count: int):
-        self._one, self._whole, self._live, self._count = one, whole, live, count
-
-    def start(self) -> None:
-        """Start them; those of a whole block without a loop, so that its work overlaps with others'."""
-
-        @pl.when(self._live == self._count)
-        def _():
-            for j in range(self._count):
-                self._one(j).start()
-
-        @pl.when(self._live != self._count)
-        def _():
-            jax.lax.fori_loop(0, self._live, lambda j, _: self._one(j).start() or 0, 0)
-
-    def wait(self) -> None:
-        """Wait for them."""
-
-        @pl.when(self._live == self._count)
-        def _():
-            self._whole().wait()
-
-        @pl.when(self._live != self._count)
-        def _():
-            jax.lax.fori_loop(0, self._live, lambda j, _: self._one(j).wait() or 0, 0)

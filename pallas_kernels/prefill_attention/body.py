@@ -1,12 +1,12 @@
 """The kernel of prefill attention: one block of queries of one key head a grid point, its blocks of slots in a loop."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.calls import div
-from pallas_kernels.codes import widen
 from pallas_kernels.decode_attention.softmax import LEAST, LOG2E, NOTHING
 from pallas_kernels.prefill_attention.plan import Plan, Ranges, seen
 from pallas_kernels.stream import Stream
@@ -17,16 +17,15 @@ LANES = 128
 def body(
     *refs,
     plan: Plan,
+    store: Any,
     scalars: int,
     shared: int,
     rows: int,
-    depth: int,
-    quantized: bool,
     with_lse: bool,
     scale: float,
     softcap: float | None,
 ):
-    """Attend: `rows` query rows at a time, `shared` heads of `plan.heads` to a key head, `depth` buffers."""
+    """Attend: `rows` query rows at a time, `shared` heads of `plan.heads` to a key head."""
     ranges = Ranges(plan, refs[:scalars])
     refs = list(refs[scalars:])
 
@@ -34,13 +33,12 @@ def body(
         return [refs.pop(0) for _ in range(count)]
 
     (q_ref,) = next_refs(1)
-    arrays = next_refs(4 if quantized else 2)
+    arrays = next_refs(len(store.arrays))
     (out_ref,) = next_refs(1)
     lse_ref = next_refs(1)[0] if with_lse else None
     state, peak_ref, total_ref, acc_ref = next_refs(4)
     low_ref = next_refs(1)[0] if plan.sequences is not None else None
-    buffers = next_refs(len(arrays))
-    (semaphores,) = refs
+    blocks = store.inside(arrays, refs)
     slots, queries = plan.slots, plan.queries
     R, H = q_ref.shape[2:]
     row = (pl.program_id(0) * plan.heads + pl.program_id(1)) * plan.blocks + pl.program_id(2)
@@ -49,15 +47,9 @@ def body(
 
     def copies(r, item, buffer):
         b, head, _ = ranges.at(r)
-        head = div(head, shared)
-        base = pl.ds(pl.multiple_of(ranges.block(r, item) * slots, slots), slots)
-        places = [(b, head, base), (b, head, base), (b, head, 0, base), (b, head, 0, base)]
-        return [
-            pltpu.make_async_copy(array.at[place], to.at[(buffer, 0) if i > 1 else buffer], semaphores.at[buffer, i])
-            for i, (array, to, place) in enumerate(zip(arrays, buffers, places, strict=False))
-        ]
+        return blocks.copies(b, div(head, shared), ranges.block(r, item), buffer)
 
-    stream = Stream(state, depth, plan.B * plan.heads * plan.blocks, ranges.items, copies)
+    stream = Stream(state, store.depth, plan.B * plan.heads * plan.blocks, ranges.items, copies)
 
     @pl.when(row == 0)
     def _():
@@ -87,26 +79,17 @@ def body(
         found = seen(plan, at, low, slot, length)
         return found if rows == count else jnp.concatenate([found] * (rows // count))
 
-    def live(values, base):
-        """Return values with zeros for slots beyond the row's length: a weight of 0 does not undo a NaN."""
-        slot = base + jax.lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
-        return jnp.where(slot < length, values.astype(jnp.float32), 0).astype(values.dtype)
-
     every = [slice(r, r + rows) for r in range(0, R, rows)]
     later = [chunk for chunk in every if chunk.start % queries >= queries // 2]
     halves = rows <= queries // 2 and queries // 2 % rows == 0
 
     def attend(buffer, base, masked, chunks):
-        keys, values = (widen(x[buffer], dtype) for x in buffers[:2])
-        k_scale, v_scale = (x[buffer] for x in buffers[2:]) if quantized else (None, None)
-        if masked and quantized:
-            values = live(values, base)
-            v_scale = jnp.where(base + jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1) < length, v_scale, 0)
+        keys, values, k_scale, v_scale = blocks.read(buffer, dtype, masked, base, length)
         scores = product(chunks[0], keys)
         for n, chunk in enumerate(chunks):
             # The next product comes before this softmax: the MXU works while the VPU does.
             following = product(chunks[n + 1], keys) if n + 1 < len(chunks) else None
-            if quantized:
+            if k_scale is not None:
                 scores *= k_scale
             if softcap is None:
                 scores *= scale * LOG2E
@@ -124,7 +107,7 @@ def body(
                 weights[:, at : at + LANES] for at in range(0, slots, LANES)
             )
             peak_ref[chunk] = peak
-            if quantized:
+            if v_scale is not None:
                 weights *= v_scale
             mixed = jax.lax.dot_general(
                 weights.astype(dtype), values, (((1,), (0,)), ((), ())), precision=exact,
@@ -137,13 +120,8 @@ def body(
         buffer = stream.take(row, item)
         block = ranges.block(row, item)
         whole = ranges.whole(row, block)
-        if not quantized:
-
-            @pl.when((block + 1) * slots > length)
-            def _():
-                buffers[1][buffer] = live(buffers[1][buffer], block * slots)
-
         base = block * slots
+        blocks.ready(buffer, base, length)
         # On the diagonal the first half of the queries may come before all slots of a block.
         half = jnp.logical_not(whole) & (base >= position + queries // 2) if halves else jnp.bool_(False)
 

@@ -26,11 +26,19 @@ class Plan:
     sinks: int
     sequences: int | None  # boundaries a row where it is ragged
     most: int | None  # blocks in a list where it is sparse
+    packed: tuple[int, int] | None = None  # a group's tokens and the residual, where slots are those of packed groups
 
     @property
     def blocks(self) -> int:
         """Blocks of queries a row."""
         return -(-self.T // self.queries)
+
+    def reach(self, at: Any) -> Any:
+        """Return the slot that a query at a position sees up to, not included."""
+        if self.packed is None:
+            return at + 1
+        group, residual = self.packed
+        return div(jnp.maximum(at + 1 - residual, 0), group) * group
 
     def scalars(
         self,
@@ -51,7 +59,7 @@ class Plan:
         # Tokens past the last one are padding: they see what the last one sees, so that no block is masked for them.
         token = jnp.minimum(jnp.arange(self.blocks * self.queries, dtype=jnp.int32), self.T - 1)[None]
         at = position[:, None] + token
-        high = jnp.maximum(jnp.minimum(at + 1, length[:, None]), 0)
+        high = jnp.maximum(jnp.minimum(self.reach(at), length[:, None]), 0)
         low, extra = jnp.zeros_like(at), []
         if starts is not None:
             starts = jnp.asarray(starts, jnp.int32)
@@ -125,7 +133,7 @@ def seen(
     plan: Plan, at: Int[Array, "R 1"], low: Int[Array, "R 1"] | None, slot: Int[Array, "1 S"], length: Any
 ) -> Array:
     """Return `[R, S]`, which slots queries at positions `at`, whose sequences begin at `low`, see."""
-    found = slot < jnp.minimum(at + 1, length)
+    found = slot < jnp.minimum(plan.reach(at), length)
     if low is not None:
         found &= slot >= low
     if plan.window is not None:

@@ -26,12 +26,30 @@ def prefill_attention(
     return_lse: bool = False,
 ):
     """Return what the contract of this folder says, in q's dtype."""
-    B, T, N, H = q.shape
-    K, S = k.shape[1:3]
+    B, T, N, _ = q.shape
+    S = k.shape[2]
     seen = visible(jnp.arange(T), B, S, position, length, starts, window, sinks)[:, None]
     if lists is not None:
         chosen = _chosen(jnp.asarray(counts), jnp.asarray(lists), sparse_block, T, S)
         seen = seen & jnp.repeat(chosen, N // chosen.shape[1], axis=1)
+    out, lse = masked_attention(q, k, v, k_scale, v_scale, seen, scale=scale, softcap=softcap)
+    return (out, lse) if return_lse else out
+
+
+def masked_attention(
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
+    k_scale: Float[Array, "B K S"] | None,
+    v_scale: Float[Array, "B K S"] | None,
+    seen: Bool[Array, "B X T S"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Return attention over the slots that each query sees, of every head or of its own, and its log-sum-exp."""
+    B, T, N, H = q.shape
+    K, S = k.shape[1:3]
     seen = jnp.broadcast_to(seen, (B, N, T, S)).reshape(B, K, N // K, T, S)
     alive = seen.any(axis=(2, 3))[..., None]
     keys = jnp.where(alive, k.astype(jnp.float32), 0)
@@ -51,8 +69,6 @@ def prefill_attention(
     safe = jnp.where(total == 0, 1, total)
     out = jnp.einsum("bkgts,bksh->btkgh", weights / safe, values, precision="highest")
     out = out.reshape(B, T, N, H).astype(q.dtype)
-    if not return_lse:
-        return out
     lse = jnp.where(total == 0, -jnp.inf, jnp.log(safe) + peak)[..., 0]
     return out, lse.transpose(0, 3, 1, 2).reshape(B, T, N)
 

@@ -3,18 +3,16 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import calls, chips, compat, stream, tuning
+from pallas_kernels import calls, chips, tuning
 from pallas_kernels.calls import Interpret, Known, round_up
-from pallas_kernels.prefill_attention.body import LANES, body
+from pallas_kernels.prefill_attention.attend import ROWS, attend_blocks, fit_rows, fit_slots
+from pallas_kernels.prefill_attention.body import LANES
 from pallas_kernels.prefill_attention.plan import SMEM_ENTRIES, Plan
-
-ROWS = 16  # a tile of bfloat16
+from pallas_kernels.prefill_attention.stores import Dense
 
 
 def prefill_attention(
@@ -48,7 +46,7 @@ def prefill_attention(
             them than SMEM holds.
         ValueError: what does not belong together; blocks that need too much VMEM.
     """
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     K, S = k.shape[1:3]
     _check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
     chosen = blocks or tuning.blocks(
@@ -58,10 +56,10 @@ def prefill_attention(
     G = N // heads
     if sparse_block is None:
         queries = min(chosen["queries"], round_up(T, ROWS))
-        slots = _divisor(chosen["slots"], S)
+        slots = fit_slots(chosen["slots"], S)
     else:
         queries, slots = sparse_block
-    rows = _rows(chosen["rows"], queries, G)
+    rows = fit_rows(chosen["rows"], queries, G)
     plan = Plan(
         B, T, S, heads, queries, slots, window, sinks, None if starts is None else starts.shape[1],
         None if lists is None else lists.shape[3],
@@ -75,52 +73,12 @@ def prefill_attention(
         zeros if position is None else position, zeros + S if length is None else length, starts, counts, lists
     )
 
-    n, R = plan.blocks, G * queries
-    grouped = jnp.pad(q, ((0, 0), (0, n * queries - T), (0, 0), (0, 0))).reshape(B, n, queries, heads, G, H)
-    grouped = grouped.transpose(0, 3, 1, 4, 2, 5).reshape(B, heads, n * R, H)
-    padding = round_up(S, slots) - S
-    arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) if padding else x for x in (k, v)]
-    if k_scale is not None:
-        # One row a key head: a copy of some slots is then whole lanes; float32, of which a row is whole words.
-        arrays += [
-            jnp.pad(x.astype(jnp.float32).reshape(B, K, 1, S), ((0, 0),) * 3 + ((0, padding),))
-            for x in (k_scale, v_scale)
-        ]
-
-    shapes = [jax.ShapeDtypeStruct(grouped.shape, q.dtype)]
-    block = pl.BlockSpec((1, 1, R, H), lambda b, x, i: (b, x, i, 0))
-    out_specs = [block]
-    if return_lse:
-        shapes.append(jax.ShapeDtypeStruct((B, heads, n, 1, R), jnp.float32))
-        out_specs.append(pl.BlockSpec((1, 1, 1, 1, R), lambda b, x, i: (b, x, i, 0, 0)))
-    depth = chosen["buffers"]
-    scratch = [stream.state(), *[compat.VMEM((R, LANES), jnp.float32)] * 2, compat.VMEM((R, H), jnp.float32)]
-    if starts is not None:
-        scratch.append(compat.VMEM((queries, LANES), jnp.int32))
-    scratch += [compat.VMEM((depth, slots, H), x.dtype) for x in arrays[:2]]
-    scratch += [compat.VMEM((depth, 1, slots), x.dtype) for x in arrays[2:]]
-    scratch.append(compat.dma_semaphores(depth, len(arrays)))
-    found = calls.call(
-        functools.partial(
-            body, plan=plan, scalars=len(scalars), shared=heads // K, rows=rows, depth=depth,
-            quantized=k_scale is not None, with_lse=return_lse, scale=scale, softcap=softcap,
-        ),
-        name="prefill_attention",
-        out_shape=shapes,
-        grid=(B, heads, n),
-        in_specs=[block] + [pl.BlockSpec(memory_space=compat.ANY)] * len(arrays),
-        out_specs=out_specs,
-        scratch=scratch,
-        scalars=scalars,
-        semantics=("arbitrary",) * 3,  # the copies run on from one block of queries into the next
-        interpret=interpret,
-    )(grouped, *arrays)  # fmt: skip
-
-    def ungroup(x):
-        x = x.reshape(B, heads, n, G, queries, -1).transpose(0, 2, 4, 1, 3, 5)
-        return x.reshape(B, n * queries, N, -1)[:, :T]
-
-    return (ungroup(found[0]), ungroup(found[1])[..., 0]) if return_lse else ungroup(found[0])
+    store = Dense(k, v, k_scale, v_scale, slots=slots, depth=chosen["buffers"])
+    out, lse = attend_blocks(
+        "prefill_attention", q, store, plan, scalars, K, rows=rows, scale=scale, softcap=softcap,
+        return_lse=return_lse, interpret=interpret,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
 
 
 def shape_class(q: Any, k: Any, *_, lists: Any = None, window: int | None = None, **__) -> dict[str, int | str]:
@@ -156,16 +114,3 @@ def _check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k
         raise ValueError(f"lists {lists.shape}: must be [B, K or N, ceil(T / {bq}), most]")
     if lists.size > SMEM_ENTRIES:
         raise NotImplementedError(f"{lists.size} entries of block lists: SMEM holds {SMEM_ENTRIES} of them")
-
-
-def _divisor(slots: int, S: int) -> int:
-    """Return the most slots, at most `slots` and not below a quarter of them, that divide S in whole lanes, or pad."""
-    slots = round_up(min(slots, S), LANES)
-    return next((n for n in range(slots, slots // 4, -LANES) if S % n == 0), slots)
-
-
-def _rows(rows: int, queries: int, G: int) -> int:
-    """Return how many rows are multiplied at a time: whole query heads, or a whole fraction of one."""
-    if rows >= queries:
-        return queries * next(n for n in range(min(rows // queries, G), 0, -1) if G % n == 0)
-    return next((n for n in range(rows - rows % ROWS, 0, -ROWS) if queries % n == 0), queries)
