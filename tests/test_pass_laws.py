@@ -137,6 +137,13 @@ def test_a_pass_is_lossless_or_says_that_it_is_not(name):
     assert (difference < 1e-4) if PASSES[name].about.lossless else (difference > 1e-6)
 
 
+@functools.partial(jax.jit, static_argnames="length")
+def fork(cache, length: int):
+    """Return four rows that go on from a prefix of `length` tokens, for one token more."""
+    cache = cache.longer(np.array([length], np.int32))
+    return cache.fork(np.zeros(4, np.int32), np.full(4, length, np.int32), 1)
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_the_graph_that_runs_did_change(name):
     """A pass can't be a flag: the compiled step reads other bytes, keeps other bytes, or computes something else."""
@@ -144,15 +151,20 @@ def test_the_graph_that_runs_did_change(name):
     for label, program in (("before", base()), ("after", applied(name))):
         step = _logits.lower(program.model, IDS[:, :1], program.model.init_cache(1, SLOTS)).compile()
         cache = [nbytes(program.model.init_cache(1, n)) for n in (SLOTS, 4 * SLOTS)]
+        forked = [nbytes(fork(program.model.init_cache(1, n), n)) for n in (SLOTS, 4 * SLOTS)]
         sizes[label] = {
             "weight_bytes": nbytes(program.model),
             "cache_bytes": cache[1] - cache[0],  # what grows with the context
+            "fork_bytes": forked[1] - forked[0],
             "flops": step.cost_analysis()["flops"],
             "arguments": step.memory_analysis().argument_size_in_bytes,
         }
     before, after, changes = sizes["before"], sizes["after"], PASSES[name].about.changes
     if changes == "flops":
         assert after["flops"] != before["flops"]
+    elif changes == "fork_bytes":
+        assert after["fork_bytes"] < 0.6 * before["fork_bytes"], (before, after)
+        assert " gather(" in step.as_text() and before["arguments"] != after["arguments"]
     else:
         assert after[changes] < 0.6 * before[changes], (before, after)
         assert after["arguments"] < before["arguments"]
@@ -223,7 +235,7 @@ def test_every_pass_says_what_it_is():
     for name, kind in PASSES.items():
         about = kind.about
         assert kind.name == name and about.family and about.paper
-        assert about.changes in ("weight_bytes", "cache_bytes", "flops"), name
+        assert about.changes in ("weight_bytes", "cache_bytes", "flops", "fork_bytes"), name
         assert about.lossless == (about.bound <= 0.001), name
         assert set(about.conflicts) <= set(PASSES), name
         assert math.isfinite(about.bound)
