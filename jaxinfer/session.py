@@ -4,15 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from jaxinfer.decode import loop
 from jaxinfer.decode.base import State
+from jaxinfer.decode.rows import Rows, check_ids, common_prefix, seen
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
 
-Rows = list[list[int]]
 _ROOM = 64  # tokens: what forks are given is a multiple of it, so that few shapes compile
 
 
@@ -48,16 +47,8 @@ class Session:
         """
         if len(rows) != len(self.rows):
             raise InputError(f"{len(rows)} rows: this session has {len(self.rows)}; make one with batch={len(rows)}")
-        rows = [[int(t) for t in row] for row in rows]
-        config = self.program.config
-        for row in rows:
-            if len(row) >= config.max_context:
-                raise InputError(
-                    f"prompt of {len(row)} tokens: the model's context is {config.max_context}, "
-                    "and one must be left to generate; shorten the prompt"
-                )
-            check_ids(row, config.vocab_size)
-        needed = min(max(len(row) for row in rows) + room, config.max_context)
+        rows = self._checked(rows)
+        needed = min(max(len(row) for row in rows) + room, self.program.config.max_context)
         keep = self._kept(rows)
         if needed > self._room or self._cache is None or any(n < s for n, s in zip(keep, self._shared, strict=True)):
             self._slots = self._room = loop.slots_for(needed)
@@ -75,9 +66,21 @@ class Session:
         ]
         return sum(len(row) for row in new)
 
+    def _checked(self, rows: Sequence[Sequence[int]]) -> Rows:
+        """Return the rows as lists of numbers. Raises InputError where one is too long or has an impossible id."""
+        rows, config = [[int(t) for t in row] for row in rows], self.program.config
+        for row in rows:
+            if len(row) >= config.max_context:
+                raise InputError(
+                    f"prompt of {len(row)} tokens: the model's context is {config.max_context}, "
+                    "and one must be left to generate; shorten the prompt"
+                )
+            check_ids(row, config.vocab_size)
+        return rows
+
     def _kept(self, rows: Rows) -> list[int]:
         """Return how many of each row's tokens are cached and can stay."""
-        keep = [_common_prefix(old, new) for old, new in zip(self.rows, rows, strict=True)]
+        keep = [common_prefix(old, new) for old, new in zip(self.rows, rows, strict=True)]
         keep = [min(n, max(len(row) - 1, 0)) for n, row in zip(keep, rows, strict=True)]  # one token gives the logits
         limit = None if self._cache is None else self._cache.exact_rewind
         if limit is None:
@@ -94,7 +97,7 @@ class Session:
         """Return a session whose row i is row `of` (or of[i]) followed by suffixes[i], ready to decode `room` tokens.
 
         Only the suffixes are computed. A cache in pages shares what the rows have in common, others copy their rows on
-        the device. The cache goes with the branches: this session has nothing cached after. (The primitive of
+        the device. The cache goes with the branches: this session has nothing cached until `join`. (The primitive of
         Skeleton-of-Thought, 2307.15337, and APAR, 2401.06761.)
 
         Raises:
@@ -106,14 +109,14 @@ class Session:
         for row in parents:
             if not 0 <= row < len(self.rows) or not self.rows[row]:
                 raise InputError(f"row {row} can't be forked: this session has {len(self.rows)}; feed it some tokens")
-        whole = [[*self.rows[row], *map(int, suffix)] for row, suffix in zip(parents, suffixes, strict=True)]
+        whole = self._checked([[*self.rows[row], *suffix] for row, suffix in zip(parents, suffixes, strict=True)])
         longest = min(max(map(len, whole)) + room, self.program.config.max_context)
         if longest > self._room or self._cache is None:
             self.feed(self.rows, room=longest - max(map(len, self.rows)))
         # The last token of a row without a suffix is computed again: it gives the logits.
         shared = [min(len(self.rows[row]), len(new) - 1) for row, new in zip(parents, whole, strict=True)]
         own = _ROOM * -(-(longest - min(shared)) // _ROOM)
-        out = Session(self.program, len(whole))
+        out = type(self)(self.program, len(whole))
         out._cache = loop.fork(self._cache, np.array(parents, np.int32), np.array(shared, np.int32), room=own)
         out.rows = [new[:n] for new, n in zip(whole, shared, strict=True)]
         out._shared, out._longest = shared, [self._longest[row] for row in parents]
@@ -122,26 +125,25 @@ class Session:
         out.feed(whole, room=longest - max(map(len, whole)))
         return out
 
-    def join(self, row: Sequence[int], room: int = 0) -> "Session":
-        """Return a session of one row, `row`, made of the branch whose cache holds most of it; the rest is computed.
+    def join(self, branches: "Session", row: Sequence[int], room: int = 0) -> int:
+        """Hold `row` alone, out of the branch that has most of it cached; return how many tokens were computed.
 
-        Joined text that begins with the first branch's, say, costs what the others have written. This session has
-        nothing cached after.
+        Joined text that begins with the first branch's, say, costs what the others have written. The cache comes back
+        to this session, of one row: the branches have nothing cached after.
 
         Raises:
-            InputError: nothing is cached, or what `feed` refuses.
+            InputError: the branches have nothing cached, this session has several rows, or what `feed` refuses.
         """
-        if self._cache is None:
-            raise InputError("nothing to join: feed the branches first")
-        kept = [_common_prefix(old, list(row)) for old in self.rows]
+        if branches._cache is None or len(self.rows) != 1:
+            raise InputError("nothing to join: branches that were fed or decoded, into a session of one row")
+        (row,) = self._checked([row])
+        kept = [common_prefix(old, row) for old in branches.rows]
         best = max(range(len(kept)), key=kept.__getitem__)
-        out = Session(self.program)
-        out._cache = loop.take(self._cache, np.array([best], np.int32))
-        out.rows, out._longest = [self.rows[best]], [self._longest[best]]
-        out._slots = out._room = self._slots
-        self._forget()
-        out.feed([row], room)
-        return out
+        self._cache = loop.take(branches._cache, np.array([best], np.int32))
+        self.rows, self._longest, self._shared = [branches.rows[best]], [branches._longest[best]], [0]
+        self._slots = self._room = branches._slots
+        branches._forget()
+        return self.feed([row], room)
 
     def decode(
         self,
@@ -188,7 +190,7 @@ class Session:
             stop_ids=program.stop_ids if stop_ids is None else stop_ids,
             sampling=sampling,
             seeds=seeds % 2**32,
-            seen=None if sampling.repetition_penalty is None else _seen(self.rows, program.config.vocab_size),
+            seen=None if sampling.repetition_penalty is None else seen(self.rows, program.config.vocab_size),
             own=program.decoder.prepare(self.rows, self._slots),
         )
         self._ended = np.zeros(batch, bool)
@@ -226,22 +228,3 @@ class Session:
             self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
             self._longest[b] = max(self._longest[b], int(length[b]) + self.program.decoder.lookahead)
         self.steps = None if state.own is None else np.asarray(state.own.steps).tolist()
-
-
-def check_ids(row: Sequence[int] | Int[np.ndarray, "n"], vocab_size: int) -> None:
-    """Raise InputError where a token id is outside the vocabulary."""
-    if len(row) and not (min(row) >= 0 and max(row) < vocab_size):
-        bad = max(row) if max(row) >= vocab_size else min(row)
-        raise InputError(f"token {bad}: must be in 0..{vocab_size - 1}; is this the right tokenizer?")
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
-
-
-def _seen(rows: Rows, vocab_size: int) -> np.ndarray:
-    seen = np.zeros((len(rows), vocab_size), bool)
-    for b, row in enumerate(rows):
-        seen[b, row] = True
-    return seen

@@ -78,8 +78,8 @@ def _by_kernels(q, new, pages, table, positions, tree, *, scale, window, softcap
     """Append and attend in one kernel where the tokens are few; else append, and attend over a copy of the rows."""
     options = dict(scale=scale, window=window, softcap=softcap)
     T, page = q.shape[1], pages.k.shape[2]
-    few = T <= (DECODE_TOKENS if tree is None else TREE_NODES)
-    if new is None or new.k.shape[1] != T or not few:
+    most = DECODE_TOKENS if tree is None else TREE_NODES
+    if most < T or new is None or new.k.shape[1] != T:
         pages = pages if new is None else write_pages(pages, new, table)
         k, v, k_scale, v_scale = (None if x is None else gather_pages(x, table) for x in pages)
         return tpu_attention(q, k, v, positions, k_scale=k_scale, v_scale=v_scale, tree=tree, **options), pages
