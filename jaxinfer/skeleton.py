@@ -22,7 +22,7 @@ _OUTLINE = (
     "Plan an answer to the question below. Write only its outline: a numbered list of 3 to 8 points, each of 3 to 6 "
     "words and on a line of its own, with no explanation.\n\nQuestion: {question}"
 )
-_EXPAND = "Now write out one point of your outline in one to three sentences, and only this one: point {number}."
+_EXPAND = "Tell me more about point {number}, and only about it, in one to three sentences."
 _POINT = re.compile(r"^\s*(\d{1,2})[.)]\s+(\S.*?)\s*$")
 
 
@@ -41,12 +41,16 @@ class Outline:
 
 
 def find_points(text: str) -> tuple[str, ...]:
-    """Return the points of a numbered list: the lines that begin with 1, 2, 3 and so on, in that order."""
+    """Return the points of a numbered list: the lines that begin with 1, 2, 3 and so on, until one repeats another."""
     points: list[str] = []
     for line in text.splitlines():
         found = _POINT.match(line)
-        if found and int(found[1]) == len(points) + 1 and len(points) < MOST:
-            points.append(found[2].strip("*_ ").rstrip(":").strip("*_ "))
+        if found is None or int(found[1]) != len(points) + 1:
+            continue
+        point = found[2].strip("*_ ").rstrip(":.").strip("*_ ")
+        if not point or point in points or len(points) == MOST:
+            break
+        points.append(point)
     return tuple(points)
 
 
@@ -67,11 +71,13 @@ def outline(
         InputError: the program has no tokenizer or chat template, or the question leaves no room in the context.
     """
     program, asked = session.program, [{"role": "user", "content": _OUTLINE.format(question=question)}]
-    session.feed([_encode(program, asked, "1.")], room=tokens + _REQUEST + room)
-    text = "1."
+    prompt, text = _encode(program, asked, "1."), "1."
+    session.feed([prompt], room=tokens + _REQUEST + room)
     stop = [f"\n{MOST + 1}."]
     for (piece,) in decode_text(session, tokens, sampling=sampling, seed=seed, stop=stop, steps=lambda _: 16):
         text += piece
+    if len(session.rows[0]) - len(prompt) >= tokens - 1:
+        text = text.rpartition("\n")[0]  # cut off in the middle of a point
     points = find_points(text)
     if len(points) < _FEWEST:
         return None, text

@@ -21,7 +21,6 @@ CACHES = {
     "dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",),
     "kv_paged": ("kv_paged:page=8",), "kv_paged_int8": ("kv_paged:page=16,int8=true",),
 }  # fmt: skip
-DRAWN = dict(temperature=1.0, top_p=0.95)
 
 
 @functools.cache
@@ -41,19 +40,27 @@ def alone(program, row, count, **options):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_branches_write_what_each_would_alone_and_join_into_one_row(cache):
-    """Sampled with seeds, then greedily; branches of branches too, and the joined row goes on like any other."""
-    ours, seeds = program(cache), [11, 5, 8]
-    session = Session(ours)
+def test_branches_write_what_rows_write_that_were_fed_whole(cache):
+    """Sampled, each row by its own seed; that a row of a batch writes what it does alone is another law."""
+    ours, seeds, session = program(cache), [11, 5, 8], Session(program(cache))
     session.feed([PREFIX], room=60)
     branches = session.fork(SUFFIXES, room=12)
-    found = decode(branches, 12, sampling=Sampling.of(**DRAWN), seed=seeds)
+    found = decode(branches, 12, sampling=Sampling.of(temperature=1.0), seed=seeds)
     rows = [PREFIX + suffix for suffix in SUFFIXES]
-    assert found == [alone(ours, row, 12, seed=seed, **DRAWN) for row, seed in zip(rows, seeds, strict=True)]
-    rows = [row + tokens[:-1] for row, tokens in zip(rows, found, strict=True)]
-    assert session.rows == [[]] and branches.rows == rows
-    deeper = branches.fork([[1], [2, 3], []], room=12, of=[0, 1, 1])
-    rows = [rows[0] + [1], rows[1] + [2, 3], rows[1]]
+    assert found == generate(ours, rows, max_new_tokens=12, temperature=1.0, seed=seeds).tokens.tolist()
+    assert session.rows == [[]]
+    assert branches.rows == [row + tokens[:-1] for row, tokens in zip(rows, found, strict=True)]
+
+
+@pytest.mark.parametrize("cache", ["kv_int4", "kv_paged"])
+def test_branches_of_branches_write_what_each_would_alone_and_join_into_one_row(cache):
+    """Greedily; the joined row then goes on like any other."""
+    ours, session = program(cache), Session(program(cache))
+    session.feed([PREFIX], room=60)
+    branches = session.fork([[5, 6], [9]], room=12)
+    rows = [row + tokens for row, tokens in zip(branches.rows, decode(branches, 6), strict=True)]
+    deeper = branches.fork([rows[0][-1:], [*rows[1][-1:], 2, 3], []], room=12, of=[0, 1, 1])
+    rows = [rows[0], [*rows[1], 2, 3], rows[1][:-1]]
     found = decode(deeper, 12)
     assert found == [alone(ours, row, 12) for row in rows]
     joined = rows[0] + found[0] + rows[1][len(PREFIX) :] + found[1]
@@ -98,9 +105,8 @@ def test_a_branch_that_leaves_what_is_shared_is_computed_anew():
     assert decode(branches, 10) == [alone(program("kv_paged"), row, 10) for row in (other, [*PREFIX, 6])]
 
 
-@pytest.mark.parametrize("cache", ["dense", "kv_paged"])
-def test_a_fork_may_need_more_room_than_there_is(cache):
-    ours, session = program(cache), Session(program(cache))
+def test_a_fork_may_need_more_room_than_there_is():
+    ours, session = program("kv_paged"), Session(program("kv_paged"))
     session.feed([PREFIX * 3])  # 225 of 256 slots
     branches = session.fork([[5, 6, 7], [8]], room=20)
     assert decode(branches, 60)[1] == alone(ours, [*PREFIX * 3, 8], 60)  # and decoding more than was asked for
