@@ -22,7 +22,7 @@ class KVPaged(CacheOf):
         takes="cache",
     )
     page: int = 64  # tokens; the kernel for TPU takes a multiple of 8 in float32, 16 in bfloat16, 32 in int8
-    int8: bool = False
+    int8: bool = False  # codes and scales, as kv_int8 has them: half the bytes, and its loss
 
     def kind(self) -> Paged:
         """Return the cache in pages."""
