@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.decode.loop import empty_cache
+from jaxinfer.decode.rows import check_ids
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
-from jaxinfer.session import Session, check_ids
+from jaxinfer.session import Session
 
 
 @dataclasses.dataclass(frozen=True)

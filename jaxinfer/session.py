@@ -5,15 +5,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from jaxinfer.decode import loop
 from jaxinfer.decode.base import State
+from jaxinfer.decode.rows import Rows, check_ids, common_prefix, seen
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
 
-Rows = list[list[int]]
+_ROOM = 64  # tokens: what forks are given is a multiple of it, so that few shapes compile
 
 
 class Session:
@@ -28,6 +28,8 @@ class Session:
         self._cache = None
         self._logits = None
         self._slots = 0
+        self._room = 0  # tokens that a row may have: as many as slots, but for what a fork was given
+        self._shared = [0] * batch  # tokens at the front of each row that it may share with another, see `fork`
         self._longest = [0] * batch  # that each row has been since it was computed from its first token
         self._ended = np.zeros(batch, bool)
         # Of the last `decode`, where the decoder counts them: each row's steps, checks by their width, and the drafter.
@@ -49,26 +51,14 @@ class Session:
         """
         if len(rows) != len(self.rows):
             raise InputError(f"{len(rows)} rows: this session has {len(self.rows)}; make one with batch={len(rows)}")
-        rows = [[int(t) for t in row] for row in rows]
-        config = self.program.config
-        for row in rows:
-            if len(row) >= config.max_context:
-                raise InputError(
-                    f"prompt of {len(row)} tokens: the model's context is {config.max_context}, "
-                    "and one must be left to generate; shorten the prompt"
-                )
-            check_ids(row, config.vocab_size)
-        needed = min(max(len(row) for row in rows) + room, config.max_context)
-        if needed > self._slots or self._cache is None:
-            self._slots = loop.slots_for(needed)
+        rows = self._checked(rows)
+        needed = min(max(len(row) for row in rows) + room, self.program.config.max_context)
+        keep = self._kept(rows)
+        if needed > self._room or self._cache is None or any(n < s for n, s in zip(keep, self._shared, strict=True)):
+            self._slots = self._room = loop.slots_for(needed)
+            self._forget()
             self._cache = loop.empty_cache(self.program.model, len(rows), self._slots)
-            self.rows = [[] for _ in rows]
-            self._longest = [0] * len(rows)
-        keep = [_common_prefix(old, new) for old, new in zip(self.rows, rows, strict=True)]
-        keep = [min(n, max(len(row) - 1, 0)) for n, row in zip(keep, rows, strict=True)]  # one token gives the logits
-        limit = self._cache.exact_rewind
-        if limit is not None:
-            keep = [n if longest - n <= limit else 0 for n, longest in zip(keep, self._longest, strict=True)]
+            keep = [0] * len(rows)
         cache, self._cache = self._cache, None
         if any(self.rows):
             cache = loop.rewind(cache, np.array(keep, np.int32))
@@ -79,6 +69,85 @@ class Session:
             max(len(row), longest if n else 0) for row, n, longest in zip(rows, keep, self._longest, strict=True)
         ]
         return sum(len(row) for row in new)
+
+    def _checked(self, rows: Sequence[Sequence[int]]) -> Rows:
+        """Return the rows as lists of numbers. Raises InputError where one is too long or has an impossible id."""
+        rows, config = [[int(t) for t in row] for row in rows], self.program.config
+        for row in rows:
+            if len(row) >= config.max_context:
+                raise InputError(
+                    f"prompt of {len(row)} tokens: the model's context is {config.max_context}, "
+                    "and one must be left to generate; shorten the prompt"
+                )
+            check_ids(row, config.vocab_size)
+        return rows
+
+    def _kept(self, rows: Rows) -> list[int]:
+        """Return how many of each row's tokens are cached and can stay."""
+        keep = [common_prefix(old, new) for old, new in zip(self.rows, rows, strict=True)]
+        keep = [min(n, max(len(row) - 1, 0)) for n, row in zip(keep, rows, strict=True)]  # one token gives the logits
+        limit = None if self._cache is None else self._cache.exact_rewind
+        if limit is None:
+            return keep
+        return [n if longest - n <= limit else 0 for n, longest in zip(keep, self._longest, strict=True)]
+
+    def _forget(self) -> None:
+        """Have nothing cached."""
+        batch = len(self.rows)
+        self._cache, self._logits = None, None
+        self.rows, self._longest, self._shared = [[] for _ in range(batch)], [0] * batch, [0] * batch
+
+    def fork(self, suffixes: Sequence[Sequence[int]], room: int = 0, of: int | Sequence[int] = 0) -> "Session":
+        """Return a session whose row i is row `of` (or of[i]) followed by suffixes[i], ready to decode `room` tokens.
+
+        Only the suffixes are computed. A cache in pages shares what the rows have in common, others copy their rows on
+        the device. The cache goes with the branches: this session has nothing cached until `join`. (The primitive of
+        Skeleton-of-Thought, 2307.15337, and APAR, 2401.06761.)
+
+        Raises:
+            InputError: no suffix, a row that does not exist or is empty, or what `feed` refuses.
+        """
+        parents = [of] * len(suffixes) if isinstance(of, int) else list(of)
+        if not suffixes or len(parents) != len(suffixes):
+            raise InputError(f"{len(suffixes)} suffixes for {len(parents)} branches: give each branch one, maybe empty")
+        for row in parents:
+            if not 0 <= row < len(self.rows) or not self.rows[row]:
+                raise InputError(f"row {row} can't be forked: this session has {len(self.rows)}; feed it some tokens")
+        whole = self._checked([[*self.rows[row], *suffix] for row, suffix in zip(parents, suffixes, strict=True)])
+        longest = min(max(map(len, whole)) + room, self.program.config.max_context)
+        if longest > self._room or self._cache is None:
+            self.feed(self.rows, room=longest - max(map(len, self.rows)))
+        # The last token of a row without a suffix is computed again: it gives the logits.
+        shared = [min(len(self.rows[row]), len(new) - 1) for row, new in zip(parents, whole, strict=True)]
+        own = _ROOM * -(-(longest - min(shared)) // _ROOM)
+        out = type(self)(self.program, len(whole))
+        out._cache = loop.fork(self._cache, np.array(parents, np.int32), np.array(shared, np.int32), room=own)
+        out.rows = [new[:n] for new, n in zip(whole, shared, strict=True)]
+        out._shared, out._longest = shared, [self._longest[row] for row in parents]
+        out._slots, out._room = self._slots, longest
+        self._forget()
+        out.feed(whole, room=longest - max(map(len, whole)))
+        return out
+
+    def join(self, branches: "Session", row: Sequence[int], room: int = 0) -> int:
+        """Hold `row` alone, out of the branch that has most of it cached; return how many tokens were computed.
+
+        Joined text that begins with the first branch's, say, costs what the others have written. The cache comes back
+        to this session, of one row: the branches have nothing cached after.
+
+        Raises:
+            InputError: the branches have nothing cached, this session has several rows, or what `feed` refuses.
+        """
+        if branches._cache is None or len(self.rows) != 1:
+            raise InputError("nothing to join: branches that were fed or decoded, into a session of one row")
+        (row,) = self._checked([row])
+        kept = [common_prefix(old, row) for old in branches.rows]
+        best = max(range(len(kept)), key=kept.__getitem__)
+        self._cache = loop.take(branches._cache, np.array([best], np.int32))
+        self.rows, self._longest, self._shared = [branches.rows[best]], [branches._longest[best]], [0]
+        self._slots = self._room = branches._slots
+        branches._forget()
+        return self.feed([row], room)
 
     def decode(
         self,
@@ -107,7 +176,7 @@ class Session:
         limit = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (batch,))
         lengths = np.array([len(row) for row in self.rows])
         limit = np.where(lengths > 0, np.minimum(limit, program.config.max_context - lengths), 0)
-        if (lengths + limit).max() > self._slots:  # fed with too little room: once more, into a larger cache
+        if (lengths + limit).max() > self._room:  # fed with too little room: once more, into a larger cache
             self.feed(self.rows, room=int((lengths + limit).max() - lengths.max()))
         far = self._cache.exact_rewind
         if far is not None and program.decoder.lookahead > far:
@@ -125,7 +194,7 @@ class Session:
             stop_ids=program.stop_ids if stop_ids is None else stop_ids,
             sampling=sampling,
             seeds=seeds % 2**32,
-            seen=None if sampling.repetition_penalty is None else _seen(self.rows, program.config.vocab_size),
+            seen=None if sampling.repetition_penalty is None else seen(self.rows, program.config.vocab_size),
             own=program.decoder.prepare(program.model, self.rows, self._slots),
         )
         self._ended = np.zeros(batch, bool)
@@ -155,7 +224,7 @@ class Session:
         """Take the cache back. The newest token of a row was emitted but never fed, so it is not in the cache."""
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             # Ctrl-C in the middle of a dispatch: its result is lost, and its input was donated.
-            self._cache, self._logits, self.rows = None, None, [[] for _ in self.rows]
+            self._forget()
             return
         emitted, tokens, length = (np.asarray(x) for x in (state.emitted, state.tokens, state.cache.length))
         self._cache = state.cache
@@ -165,22 +234,3 @@ class Session:
         if state.own is not None:
             self.steps, self.checked = (np.asarray(x).tolist() for x in (state.own.steps, state.own.checked))
             self.told = state.own.drafter
-
-
-def check_ids(row: Sequence[int] | Int[np.ndarray, "n"], vocab_size: int) -> None:
-    """Raise InputError where a token id is outside the vocabulary."""
-    if len(row) and not (min(row) >= 0 and max(row) < vocab_size):
-        bad = max(row) if max(row) >= vocab_size else min(row)
-        raise InputError(f"token {bad}: must be in 0..{vocab_size - 1}; is this the right tokenizer?")
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
-
-
-def _seen(rows: Rows, vocab_size: int) -> np.ndarray:
-    seen = np.zeros((len(rows), vocab_size), bool)
-    for b, row in enumerate(rows):
-        seen[b, row] = True
-    return seen

@@ -20,6 +20,7 @@ RANKS = [
     ["jaxinfer.program"],
     ["jaxinfer.passes"],
     ["jaxinfer.device", "jaxinfer.session", "jaxinfer.generation", "jaxinfer.loading", "jaxinfer.speculation"],
+    ["jaxinfer.skeleton"],
     ["jaxinfer.train", "jaxinfer.sharding", "jaxinfer.plan", "jaxinfer.eval"],
     ["jaxinfer.configuration", "jaxinfer.cli", "jaxinfer"],
 ]

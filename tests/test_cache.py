@@ -11,6 +11,7 @@ from models import random_model, tiny_config
 from jaxinfer.cache.base import CacheKind, LayerCache
 from jaxinfer.cache.dense import Dense
 from jaxinfer.cache.kivi import Kivi
+from jaxinfer.cache.paged import Paged
 from jaxinfer.cache.quantized import QuantizedCache
 from jaxinfer.models.transformer import Attention, Transformer
 from jaxinfer.tree import replace, rewrite
@@ -22,6 +23,8 @@ KINDS: dict[str, CacheKind] = {
     "kivi": Kivi(group=4, residual=3),
     "kivi_2_bits": Kivi(bits=2, group=4, residual=0),
     "kivi_long_residual": Kivi(residual=16),
+    "paged": Paged(page=4),
+    "paged_int8": Paged(page=3, int8=True),
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 K, H, S = 2, 8, 19
@@ -192,5 +195,10 @@ def test_kinds_are_hashable_and_have_a_shape_without_memory(kind):
     shapes = jax.eval_shape(lambda: create(kind, 2))
     cache = create(kind, 2)
     assert jax.tree.structure(shapes) == jax.tree.structure(cache)
-    grown = jax.eval_shape(lambda c: append(c, 1, 3, [0, 0], [3, 3]), cache)
+    q, positions = jnp.zeros((2, 3, 4, H)), jnp.zeros((2, 3), jnp.int32)
+
+    def step(cache):
+        return append(cache, 1, 3, [0, 0], [3, 3]).attend(q, positions, scale=0.5, window=None, softcap=None)[1]
+
+    grown = jax.eval_shape(step, cache)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), grown) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)

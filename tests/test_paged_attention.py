@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.ops.paged_attention import paged_attention
+from jaxinfer.ops.paged_attention import New, Pages, paged_attention
 from pallas_kernels import chips
 from pallas_kernels.kernels import kernel
 from pallas_kernels.paged_decode_attention.cases import case as paged_case
@@ -15,6 +15,14 @@ from pallas_kernels.paged_decode_attention.cases import case as paged_case
 NAMES = ("pages_16", "empty_row", "across_pages", "first_tokens", "softcap")
 MANY = paged_case("many", 2, 2, 2, 2, 16, 32, [1300, 40], dtype=jnp.float32)  # several blocks of pages
 WINDOW = paged_case("window", 2, 2, 2, 2, 16, 32, [1300, 40], dtype=jnp.float32, window=100)
+
+
+def arguments(inputs):
+    """Return a case's inputs as the op takes them."""
+    T, length = inputs["q"].shape[1], jnp.asarray(inputs["length"])
+    new = New(inputs["new"]["k"], inputs["new"]["v"], None, None, length - T, jnp.where(length > 0, T, 0))
+    positions = (length - T)[:, None] + jnp.arange(T)
+    return inputs["q"], new, Pages(inputs["k_pages"], inputs["v_pages"]), inputs["table"], positions
 
 
 @pytest.mark.parametrize(
@@ -26,19 +34,19 @@ def test_pages_are_read_and_written_as_the_reference_does(case):
     spoiled = jax.tree.map(jnp.asarray, case.spoil(clean))
     options = {name: x for name, x in case.options.items() if name != "return_lse"}
     attend = jax.jit(functools.partial(paged_attention, **options))
-    new, pages = tuple(spoiled["new"][x] for x in "kv"), (spoiled["k_pages"], spoiled["v_pages"])
-    out, pages = attend(spoiled["q"], new, pages, spoiled["table"], spoiled["length"])
+    out, pages = attend(*arguments(spoiled))
     expected, _ = found.reference(**jax.tree.map(jnp.asarray, clean), **options)
     np.testing.assert_allclose(out, expected, atol=3e-6)
-    for one, other in zip(pages, found.reference(**spoiled, **options)[-1], strict=True):
+    for one, other in zip(pages[:2], found.reference(**spoiled, **options)[-1], strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_kernel_is_taken_for_a_tpu():
-    case = paged_case("bf16", 2, 1, 2, 8, 32, 128, [130, 65])
-    inputs = jax.tree.map(jnp.asarray, case.inputs())
-    new, pages = tuple(inputs["new"][x] for x in "kv"), (inputs["k_pages"], inputs["v_pages"])
+@pytest.mark.parametrize(
+    ("tokens", "kernel_of"), [(1, "paged_decode_attention"), (8, "paged_decode_attention"), (64, "prefill_attention")]
+)
+def test_the_kernels_are_taken_for_a_tpu(tokens, kernel_of):
+    case = paged_case("bf16", 2, tokens, 2, 8, 32, 128, [130, 65])
     attend = jax.jit(functools.partial(paged_attention, scale=0.1))
     with chips.assume("v5e"):
-        traced = attend.trace(inputs["q"], new, pages, inputs["table"], inputs["length"])
-    assert "paged_decode_attention" in str(traced.jaxpr)
+        traced = attend.trace(*jax.tree.map(jnp.asarray, arguments(case.inputs())))
+    assert kernel_of in str(traced.jaxpr)

@@ -6,6 +6,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from data import data_dir
@@ -137,6 +138,15 @@ def test_a_pass_is_lossless_or_says_that_it_is_not(name):
     assert (difference < 1e-4) if PASSES[name].about.lossless else (difference > 1e-6)
 
 
+def fork_bytes(program: Program, length: int) -> int:
+    """Return the bytes of a cache of four rows that go on from a prefix of `length` tokens, for one token more."""
+
+    def fork(cache):
+        return cache.fork(jnp.zeros(4, jnp.int32), jnp.full(4, length), 1)
+
+    return nbytes(jax.eval_shape(fork, jax.eval_shape(lambda: program.model.init_cache(1, length))))
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_the_graph_that_runs_did_change(name):
     """A pass can't be a flag: the compiled step reads other bytes, keeps other bytes, or computes something else."""
@@ -147,12 +157,16 @@ def test_the_graph_that_runs_did_change(name):
         sizes[label] = {
             "weight_bytes": nbytes(program.model),
             "cache_bytes": cache[1] - cache[0],  # what grows with the context
+            "fork_bytes": fork_bytes(program, 4 * SLOTS) - fork_bytes(program, SLOTS),
             "flops": step.cost_analysis()["flops"],
             "arguments": step.memory_analysis().argument_size_in_bytes,
         }
     before, after, changes = sizes["before"], sizes["after"], PASSES[name].about.changes
     if changes == "flops":
         assert after["flops"] != before["flops"]
+    elif changes == "fork_bytes":
+        assert after["fork_bytes"] < 0.6 * before["fork_bytes"], (before, after)
+        assert " gather(" in step.as_text() and before["arguments"] != after["arguments"]
     else:
         assert after[changes] < 0.6 * before[changes], (before, after)
         assert after["arguments"] < before["arguments"]
@@ -223,7 +237,7 @@ def test_every_pass_says_what_it_is():
     for name, kind in PASSES.items():
         about = kind.about
         assert kind.name == name and about.family and about.paper
-        assert about.changes in ("weight_bytes", "cache_bytes", "flops"), name
+        assert about.changes in ("weight_bytes", "cache_bytes", "flops", "fork_bytes"), name
         assert about.lossless == (about.bound <= 0.001), name
         assert set(about.conflicts) <= set(PASSES), name
         assert math.isfinite(about.bound)

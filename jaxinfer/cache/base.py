@@ -57,6 +57,15 @@ class LayerCache(Protocol):
         nodes[b, :counts[b]] are its nodes, the root first; node i was appended i slots after start[b].
         """
 
+    def take(self, rows: Int[Array, "n"]) -> "LayerCache":
+        """Return a cache of its own, whose row i is a copy of row rows[i]."""
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "LayerCache":
+        """Return a cache whose row i goes on from the first length[i] tokens of row rows[i], for up to `room` more.
+
+        Rows may share what they have in common, so none may be appended to below length[i].
+        """
+
 
 @runtime_checkable
 class CacheKind(Protocol):
@@ -90,3 +99,15 @@ class Cache(nnx.Module):
     def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "Cache":
         """Return a cache of row b's first start[b] tokens and the path nodes[b, :counts[b]] of the tree after them."""
         return Cache(length=start + counts, layers=[layer.keep(start, nodes, counts) for layer in self.layers])
+
+    def take(self, rows: Int[Array, "n"]) -> "Cache":
+        """Return a cache of its own, whose row i is a copy of row rows[i]."""
+        return Cache(length=self.length[rows], layers=[layer.take(rows) for layer in self.layers])
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "Cache":
+        """Return a cache whose row i goes on from the first length[i] tokens of row rows[i], for up to `room` more.
+
+        A cache in pages shares them, others copy their rows. No row may be appended to below length[i].
+        """
+        length = jnp.minimum(self.length[rows], length)
+        return Cache(length=length, layers=[layer.fork(rows, length, room) for layer in self.layers])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxinfer.cache.slots import move, write
+from jaxinfer.cache.slots import move, take_rows, write
 from jaxinfer.ops.attention import attention
 from jaxinfer.ops.token_tree import TokenTree
 
@@ -65,3 +65,11 @@ class DenseLayer(nnx.Module):
     def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "DenseLayer":
         """Move the path's tokens to the slots of their positions."""
         return jax.tree.map(lambda store: move(store, start, nodes, counts), self)
+
+    def take(self, rows: Int[Array, "n"]) -> "DenseLayer":
+        """Copy the rows."""
+        return take_rows(self, rows)
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "DenseLayer":
+        """Copy the rows: nothing is shared."""
+        return take_rows(self, rows)

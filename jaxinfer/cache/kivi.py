@@ -14,7 +14,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.groups import Groups, packed_before, quantize_groups
 from jaxinfer.cache.packed_attention import as_share, packed_attention
-from jaxinfer.cache.slots import pick, write
+from jaxinfer.cache.slots import pick, take_rows, write
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import (
     QUERY_BLOCK,
@@ -171,6 +171,14 @@ class KiviLayer(nnx.Module):
         at = ((start[:, None] + nodes) % self.k.shape[2])[:, None, :, None]
         k, v = (jnp.take_along_axis(ring, at, axis=2).transpose(0, 2, 1, 3) for ring in (base.k, base.v))
         return base.append(k, v, start, counts)._settled()
+
+    def take(self, rows: Int[Array, "n"]) -> "KiviLayer":
+        """Copy the rows."""
+        return take_rows(self._settled(), rows)
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "KiviLayer":
+        """Copy the rows: nothing is shared."""
+        return self.take(rows)
 
     def _check_tree(self, nodes: int) -> None:
         """Raise InputError where a tree's own nodes would be packed before they are read, or leave the ring."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, Int8, UInt8
 
-from jaxinfer.cache.slots import move, write
+from jaxinfer.cache.slots import move, take_rows, write
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.ops.attention import Scaled
 from jaxinfer.ops.online_attention import online_attention
@@ -89,6 +89,14 @@ class QuantizedLayer(nnx.Module):
     def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "QuantizedLayer":
         """Move the codes of the path's tokens, and their scales, to the slots of their positions."""
         return jax.tree.map(lambda store: move(store, start, nodes, counts), self)
+
+    def take(self, rows: Int[Array, "n"]) -> "QuantizedLayer":
+        """Copy the rows."""
+        return take_rows(self, rows)
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "QuantizedLayer":
+        """Copy the rows: nothing is shared."""
+        return take_rows(self, rows)
 
 
 def quantize(x: Float[Array, "B K T H"], qtype: QType) -> Scaled:

@@ -1,9 +1,12 @@
 """Where new tokens go: into the slots of their own positions, row by row."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+Tree = TypeVar("Tree")
 FEW = 16  # new entries of a row up to which they are written one by one, and not in a pass over all slots
 
 
@@ -56,3 +59,8 @@ def pick(
     at = jnp.clip(offset, 0, new.shape[2] - 1).reshape(store.shape[0], 1, store.shape[2], *rest)
     picked = jnp.take_along_axis(new.astype(store.dtype), at, axis=2)
     return jnp.where(taken.reshape(at.shape), picked, store)
+
+
+def take_rows(cache: Tree, rows: Int[Array, "n"]) -> Tree:
+    """Return a tree of arrays `[B, ...]` with row rows[i] as its row i."""
+    return jax.tree.map(lambda store: store[rows], cache)

@@ -2,12 +2,16 @@
 
   jaxinfer generate "Once upon a time"
   jaxinfer generate "What is the capital of France?" --chat
+  jaxinfer generate "How can I sleep better?" --skeleton
   jaxinfer generate --prompts prompts.jsonl --batch-size 8 --out answers.jsonl
 
 A line of --prompts is {"prompt": TEXT}, with an "id" if wanted. A line of --out has index (of the prompt), id, prompt,
 text, tokens (how many were generated), finish ("stop" or "length") and run, a hash of what the answers depend on.
 Lines are written batch by batch, short prompts first. A second run continues the file; the answers do not depend on
 --batch-size or on interruptions: prompt number i is drawn with seed + i.
+
+--skeleton asks the model for the points of its answer first, and then writes all of them out as one batch, each up to
+--max-new-tokens (Skeleton-of-Thought). No point sees another, so it suits answers whose points stand alone.
 """
 
 import argparse
@@ -26,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_generating(parser)
     parser.add_argument("--chat", action="store_true", help="ask as a user, in the model's chat template")
+    parser.add_argument("--skeleton", action="store_true", help="ask for an outline, then write its points all at once")
+    parser.add_argument(
+        "--time-saved", action="store_true",
+        help="with --skeleton: also write the points one after the other, several times in turns, and compare",
+    )  # fmt: skip
     parser.add_argument("--prompts", metavar="FILE", help="JSON lines of prompts, may be .gz or .xz")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     parser.add_argument("--out", metavar="FILE", help="where the answers to --prompts go")
@@ -37,6 +46,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("give either a PROMPT or --prompts FILE; see jaxinfer generate --help")
     if (args.prompts is None) != (args.out is None):
         raise InputError("--prompts FILE and --out FILE need each other; see jaxinfer generate --help")
+    if args.skeleton and args.prompts is not None:
+        raise InputError("--skeleton answers one PROMPT, not --prompts FILE; leave one of them out")
+    if args.time_saved and not args.skeleton:
+        raise InputError("--time-saved compares two ways to write a skeleton's points; add --skeleton")
     if args.batch_size < 1:
         raise InputError(f"batch_size={args.batch_size}: must be 1 or more")
     config = options.read_config(args)
@@ -53,12 +66,21 @@ def _one(args, config, generating: options.Generating, sampling) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise InputError("the prompt is empty: give at least one character")
+    program = options.load(config, progress=sys.stderr.isatty())
+    if args.skeleton:
+        from jaxinfer.cli import skeleton
+
+        if skeleton.answer(program, prompt, generating, sampling, args.time_saved):
+            return
+        print("the model gave no outline of two points or more; it answers as usual", file=sys.stderr)
+    _stream(program, _encode(program, prompt, args.chat or args.skeleton), generating, sampling)
+
+
+def _stream(program, ids: list[int], generating: options.Generating, sampling) -> None:
     from jaxinfer.cli.timing import Tally
     from jaxinfer.generation import decode_text, stream_steps
 
-    program = options.load(config, progress=sys.stderr.isatty())
     tally = Tally(program)
-    ids = _encode(program, prompt, args.chat)
     if not ids:
         raise InputError("the prompt has no tokens: give at least one character that the tokenizer knows")
     tally.feed([ids], room=generating.max_new_tokens)

@@ -115,3 +115,15 @@ def finish(state: State, rows: Bool[Array, "B"]) -> State:
 def rewind(cache: Cache, length: Int[Array, "B"]) -> Cache:
     """Return the cache cut to the first length[b] tokens of each row."""
     return cache.rewind(length)
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def fork(cache: Cache, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> Cache:
+    """Return a cache whose row i goes on from the first length[i] tokens of row rows[i], for up to `room` more."""
+    return cache.fork(rows, length, room)
+
+
+@jax.jit
+def take(cache: Cache, rows: Int[Array, "n"]) -> Cache:
+    """Return a cache of its own, whose row i is a copy of row rows[i]."""
+    return cache.take(rows)

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from jaxinfer.cache.base import Cache
 from jaxinfer.decode import loop
+from jaxinfer.decode.rows import check_ids
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.program import Program
-from jaxinfer.session import check_ids
 
 _LOGITS = 1 << 24  # logits of each of the two programs that exist at once: 64 MiB in float32
 

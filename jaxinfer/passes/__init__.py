@@ -17,6 +17,7 @@ from jaxinfer.passes.base import Calibrated, Technique, option_fields
 from jaxinfer.passes.kv_cache.fp8 import KVFP8
 from jaxinfer.passes.kv_cache.int8 import KVInt8
 from jaxinfer.passes.kv_cache.kivi import KVInt4
+from jaxinfer.passes.kv_cache.paged import KVPaged
 from jaxinfer.passes.quantization.awq import AWQ
 from jaxinfer.passes.quantization.fp8 import FP8
 from jaxinfer.passes.quantization.gptq import GPTQ
@@ -49,6 +50,7 @@ PASSES: dict[str, type[Technique]] = {
     "kv_int8": KVInt8,
     "kv_fp8": KVFP8,
     "kv_int4": KVInt4,
+    "kv_paged": KVPaged,
 }
 Spec = str | tuple[str, Mapping[str, Any]] | Technique
 

@@ -27,7 +27,7 @@ class About:
     lossless: bool = False  # up to float rounding
     degenerate: Mapping[str, object] | None = None  # the options at which it is exactly the baseline; None: no such
     bound: float = 0.0  # relative rise of perplexity that it stays below, at its defaults, on a small trained model
-    changes: str = "weight_bytes"  # what differs in the compiled step: weight_bytes, cache_bytes, flops
+    changes: str = "weight_bytes"  # what differs: weight_bytes, cache_bytes or flops of a step, or fork_bytes of rows
     rounds_activations: bool = False  # so that runs that differ in a float's last bit may differ by a step of rounding
     takes: str | None = None  # a key of TAKEN
     needs: tuple[str, ...] = ()  # keys of FREE

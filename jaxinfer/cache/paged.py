@@ -1,0 +1,128 @@
+"""Keys and values in pages of some tokens, found through a table: rows that begin alike can share their pages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from jaxinfer.cache.quantized import quantize
+from jaxinfer.errors import InputError
+from jaxinfer.ops.paged_attention import New, Pages, paged_attention, read_pages, write_pages
+from jaxinfer.ops.token_tree import TokenTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paged:
+    """The kind of cache that keeps everything in pages of `page` tokens, as numbers or as int8 codes with scales."""
+
+    page: int = 64
+    int8: bool = False
+
+    def __post_init__(self):
+        if self.page < 1:
+            raise InputError(f"page={self.page}: must be at least 1 token; 64 suits the kernel for TPU")
+
+    def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "PagedLayer":
+        """Return an empty cache: as many pages as `batch` rows of `slots` tokens fill, and page 0."""
+        shape = (1 + batch * -(-slots // self.page), kv_heads, self.page)
+        store = jnp.zeros((*shape, head_dim), jnp.int8 if self.int8 else dtype)
+        scale = jnp.zeros(shape, jnp.bfloat16) if self.int8 else None
+        return PagedLayer(pages=Pages(store, store, scale, scale), table=_own_tables(shape[0], batch), new=None)
+
+
+@nnx.dataclass
+class PagedLayer(nnx.Module):
+    """A pool of pages and each row's table of them. Only the last, partly filled pages of rows are ever written."""
+
+    pages: Pages = nnx.data()
+    table: Int[Array, "B M"] = nnx.data()
+    new: New | None = nnx.data()  # between append and attend: one call does both
+
+    @property
+    def exact_rewind(self) -> None:
+        """Any number of tokens: each has its own slot."""
+        return None
+
+    def append(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        start: Int[Array, "B"],
+        counts: Int[Array, "B"],
+    ) -> "PagedLayer":
+        """Hold each row's first counts[b] new tokens until they are attended from, and are written in the same call."""
+        k_scale = v_scale = None
+        if self.pages.k_scale is not None:
+            (k, k_scale), (v, v_scale) = (quantize(x, "int8") for x in (k, v))
+        else:
+            k, v = k.astype(self.pages.k.dtype), v.astype(self.pages.v.dtype)
+        return PagedLayer(pages=self._written(), table=self.table, new=New(k, v, k_scale, v_scale, start, counts))
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        positions: Int[Array, "B T"],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        tree: TokenTree | None = None,
+    ) -> tuple[Float[Array, "B T N H"], "PagedLayer"]:
+        """Write the new tokens and attend over the live pages."""
+        options = dict(scale=scale, window=window, softcap=softcap, tree=tree)
+        out, pages = paged_attention(q, self.new, self.pages, self.table, positions, **options)
+        return out, PagedLayer(pages=pages, table=self.table, new=None)
+
+    def rewind(self, length: Int[Array, "B"]) -> "PagedLayer":
+        """Only write what is new: a slot past the length is masked by its position and overwritten by the next append.
+
+        A row that shares pages must not be appended to below the length that it was forked at.
+        """
+        return PagedLayer(pages=self._written(), table=self.table, new=None)
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "PagedLayer":
+        """Move the path's tokens to the slots of their positions."""
+        pages = self._written()
+        path = New(*read_pages(pages, self.table, start[:, None] + nodes), start, counts)
+        return PagedLayer(pages=write_pages(pages, path, self.table), table=self.table, new=None)
+
+    def take(self, rows: Int[Array, "n"]) -> "PagedLayer":
+        """Return copies of rows, each in pages of its own."""
+        table = self.table[rows]
+
+        def copies(store: Array) -> Array:
+            return jnp.concatenate([jnp.zeros_like(store[:1]), store[table.reshape(-1)]])
+
+        pages = jax.tree.map(copies, self._written())
+        return PagedLayer(pages=pages, table=_own_tables(pages.k.shape[0], len(table)), new=None)
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "PagedLayer":
+        """Return rows that share the pages that are full; of the last one, partly filled, each has a copy.
+
+        Beside the pages that there are, each row gets those that `room` tokens more can need.
+        """
+        pages, old = self._written(), self.table[rows]
+        (P, _, page, _), (n, M) = pages.k.shape, old.shape
+        own = min(M, -(-room // page) + 1)
+        full = (length // page)[:, None]
+        column = jnp.arange(M) - full
+        first = P + own * jnp.arange(n)[:, None]  # number of each row's first own page
+        table = jnp.where(column < 0, old, jnp.where(column < own, first + column, 0))
+        last = jnp.take_along_axis(old, jnp.minimum(full, M - 1), axis=1)[:, 0]
+
+        def longer(store: Array) -> Array:
+            fresh = jnp.zeros((n, own, *store.shape[1:]), store.dtype).at[:, 0].set(store[last])
+            return jnp.concatenate([store, fresh.reshape(-1, *store.shape[1:])])
+
+        return PagedLayer(pages=jax.tree.map(longer, pages), table=table, new=None)
+
+    def _written(self) -> Pages:
+        """Return the pages with what was appended last in them."""
+        return self.pages if self.new is None else write_pages(self.pages, self.new, self.table)
+
+
+def _own_tables(pages: int, rows: int) -> Int[Array, "B M"]:
+    """Return tables in which each row has its share of the pages from page 1, in order."""
+    return jnp.arange(1, pages, dtype=jnp.int32).reshape(rows, -1)
