@@ -1,7 +1,7 @@
 """The small parts that every block is made of: linear maps, norms and the embedding."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """Token vectors; the same table gives the logits of a model with tied embeddings."""
 
+    axes: ClassVar[tuple[str, ...]] = ("vocab", "embed")
     table: Leaf = nnx.data()
     multiplier: float = nnx.static(default=1.0, kw_only=True)
 
