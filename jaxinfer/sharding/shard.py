@@ -1,0 +1,78 @@
+"""The pass that puts a program on a mesh: what it computes stays, and `generate`, `Session` and the rest run it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxinfer.errors import InputError, nearest
+from jaxinfer.models.transformer import Transformer
+from jaxinfer.ops.placement import Rules
+from jaxinfer.program import Pass, Program
+from jaxinfer.sharding.fitting import fit
+from jaxinfer.sharding.mesh import make_mesh, parse_mesh
+from jaxinfer.sharding.model import ShardedTransformer
+from jaxinfer.sharding.rules import DEFAULT, RULES
+from jaxinfer.sharding.specs import model_shardings
+from jaxinfer.tree import rewrite, select
+
+
+def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Pass:
+    """Return the pass that puts a program on a mesh, or on that of "data=2,model=4", by the rules of a name.
+
+    Apply it last. The arrays of the model, and of a drafter's model, go to their devices; a tree of shapes gets the
+    shardings. A drafter's model that the mesh does not divide lies whole on every device.
+
+    Raises:
+        InputError: a mesh or rules that are not there; from the pass: a size that the mesh does not divide.
+    """
+    mesh = make_mesh(parse_mesh(mesh)) if isinstance(mesh, str) else mesh
+    rules = find_rules(rules) if isinstance(rules, str) else rules
+
+    def apply(program: Program) -> Program:
+        decoder = program.decoder
+        if select(decoder, Transformer):
+            decoder = rewrite(decoder, Transformer, ".*", lambda model: _put_draft(model, mesh, rules))
+        return program.replace(model=put(program.model, mesh, rules), decoder=decoder)
+
+    return apply
+
+
+def find_rules(name: str) -> Rules:
+    """Return the rules of a name.
+
+    Raises:
+        InputError: there are none of that name.
+    """
+    if name not in RULES:
+        raise InputError(f"no rules {name!r}: {nearest(name, RULES)}")
+    return RULES[name]
+
+
+def put(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
+    """Return the model on the mesh, in the form that the mesh divides."""
+    fields = {name: getattr(model, name) for name in Transformer.__dataclass_fields__}
+    model = ShardedTransformer(**{**fields, "mesh": mesh, "rules": rules})
+    model = fit(model, mesh, rules)
+    return jax.tree.map(put_leaf, model, model_shardings(model, mesh, rules))
+
+
+def put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
+    """Return an array where the sharding says, or a shape that says so too."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if sharding.is_fully_addressable or isinstance(leaf, jax.core.Tracer):
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)  # from where it lies on the devices of all processes
+    host = np.asarray(leaf)  # each process gives what its own devices hold
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _put_draft(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
+    try:
+        return put(model, mesh, rules)
+    except InputError:
+        rows = tuple(entry for entry in rules.table if entry[0] == "batch")
+        return put(model, mesh, Rules("draft", rows))
