@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 import jaxinfer
-from jaxinfer.cli import apply, chat, compare, evaluate, generate, info, interrupt, passes
+from jaxinfer.cli import apply, chat, compare, evaluate, generate, info, interrupt, passes, plan
 from jaxinfer.errors import InputError
 
 _INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
@@ -20,6 +20,7 @@ _COMMANDS = {
     "passes": passes,
     "apply": apply,
     "compare": compare,
+    "plan": plan,
 }
 _EPILOG = "jaxinfer COMMAND --help tells a command's options"
 

@@ -68,8 +68,8 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
             group = _group(rest)
             found.collectives[Collective(base, _moved(base, kind, shape, len(group)), group)] += times
         elif kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in rest:
-            name = re.search(r'op_name="[^"]*?/([\w.\-]+)"', rest)
-            found.kernels[name[1] if name else "kernel"] += times
+            called = re.search(r'/([\w.\-]+)/pallas_call"', rest)
+            found.kernels[called[1] if called else "kernel"] += times
         elif kind == "while":
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
             _walk(computations, re.search(r"body=%?([\w.\-]+)", rest)[1], times * int(trips[1] if trips else 1), found)

@@ -1,0 +1,53 @@
+"""Collectives of a step by the architecture and the mesh alone: for machines and settings that nothing is compiled for.
+
+Held against the compiled ones in tests: two all-reduces a layer of float32 hidden states, since a product's sums are
+added up before they are rounded to the model's type.
+"""
+
+import collections
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxinfer.plan.building import Built
+from jaxinfer.plan.hlo import Collective
+from jaxinfer.sharding.specs import shard_bytes
+
+_SUM = 4  # bytes of a number of a product's sums
+
+
+def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collective, float]:
+    """Return the collectives of a step of `rows` rows of `tokens` new tokens."""
+    config, model, sizes = built.model.config, built.model, built.sizes
+    found: collections.Counter[Collective] = collections.Counter()
+    over_rows = built.rules.mesh_axes("batch", sizes)
+    local = rows / built.ways("batch", rows) * tokens  # tokens of a device
+    hidden = int(local * config.embed_dim)
+
+    def over(name: str) -> tuple[str, ...]:
+        return tuple(a for a in built.rules.mesh_axes(name, sizes) if a not in over_rows)
+
+    def add(kind: str, size: float, axes: Sequence[str], times: float = 1) -> None:
+        if math.prod(sizes[a] for a in axes) > 1 and size:
+            found[Collective(kind, int(size), group(sizes, axes))] += times
+
+    add("all-reduce", hidden * model.embed.table.dtype.itemsize, over("vocab"))
+    for i in range(config.num_layers):
+        add("all-reduce", hidden * _SUM, over("heads"))
+        wide = tuple(dict.fromkeys((*over("experts"), *over("mlp")))) if config.is_moe(i) else over("mlp")
+        add("all-reduce", hidden * _SUM, wide)
+        merged = local * config.num_heads * (config.head_dim + 2) * _SUM / built.ways("heads", config.num_heads)
+        add("all-reduce", merged, over("slots"))
+    stored = tuple(a for a in built.rules.mesh_axes("embed", sizes) if a in over_rows)
+    if stored:
+        leaves, lies = jax.tree.leaves(model.layers), jax.tree.leaves(built.shardings.layers)
+        add("all-gather", shard_bytes(leaves, lies) * math.prod(sizes[a] for a in stored), stored)
+    return dict(found)
+
+
+def group(sizes: dict[str, int], axes: Sequence[str]) -> tuple[int, ...]:
+    """Return the first group of devices along some axes of a mesh, as places in it."""
+    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    return tuple(places[tuple(slice(None) if a in axes else 0 for a in sizes)].reshape(-1).tolist())
