@@ -27,7 +27,7 @@ class Linear(nnx.Module):
     axes: tuple[str, ...] = nnx.static(kw_only=True)
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        y = einsum(self.eq, x, self.kernel)
+        y = einsum(self.eq, x, self.kernel, axes=self.axes)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
@@ -55,4 +55,4 @@ class Embedding(nnx.Module):
         return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return einsum("btd,vd->btv", x, self.table)
+        return einsum("btd,vd->btv", x, self.table, axes=self.axes)

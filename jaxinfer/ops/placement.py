@@ -43,6 +43,12 @@ class Rules:
         return PartitionSpec(*entries)
 
 
+def first_entry(spec: Sequence[str | tuple[str, ...] | None]) -> tuple[str, ...]:
+    """Return the mesh axes that divide the first axis of an array."""
+    entry = spec[0] if len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 _rules = jax.make_user_context(None)  # part of the key of every traced function, as the mesh is
 
 

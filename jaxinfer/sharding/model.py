@@ -9,7 +9,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.cache.base import Cache
 from jaxinfer.models.transformer import Transformer
-from jaxinfer.ops.placement import Rules, placed
+from jaxinfer.ops.placement import Rules, first_entry, placed
 from jaxinfer.sharding.cache import DividedLayer
 from jaxinfer.sharding.specs import cache_shardings
 
@@ -41,8 +41,7 @@ class ShardedTransformer(Transformer):
             return super().logits(hidden)
 
     def _row_axes(self, batch: int) -> tuple[str, ...]:
-        found = self.rules.spec(("batch",), (batch,), self.mesh.shape)
-        return () if not found or found[0] is None else (found[0],) if isinstance(found[0], str) else found[0]
+        return first_entry(self.rules.spec(("batch",), (batch,), self.mesh.shape))
 
     def _constrain(self, cache: Cache) -> Cache:
         return jax.lax.with_sharding_constraint(cache, cache_shardings(cache, self.mesh, self.rules))

@@ -7,9 +7,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.errors import InputError, nearest
+from jaxinfer.models.moe import MoE
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.placement import Rules
 from jaxinfer.program import Pass, Program
+from jaxinfer.sharding.experts import DividedMoE
 from jaxinfer.sharding.fitting import fit
 from jaxinfer.sharding.mesh import make_mesh, parse_mesh
 from jaxinfer.sharding.model import ShardedTransformer
@@ -55,6 +57,8 @@ def put(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
     fields = {name: getattr(model, name) for name in Transformer.__dataclass_fields__}
     model = ShardedTransformer(**{**fields, "mesh": mesh, "rules": rules})
     model = fit(model, mesh, rules)
+    if select(model, MoE):
+        model = rewrite(model, MoE, ".*", _divide_experts)
     return jax.tree.map(put_leaf, model, model_shardings(model, mesh, rules))
 
 
@@ -68,6 +72,10 @@ def put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
         return jax.jit(lambda x: x, out_shardings=sharding)(leaf)  # from where it lies on the devices of all processes
     host = np.asarray(leaf)  # each process gives what its own devices hold
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _divide_experts(node: MoE) -> DividedMoE:
+    return DividedMoE(**{name: getattr(node, name) for name in MoE.__dataclass_fields__})
 
 
 def _put_draft(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
