@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int | None:
         return plan_sweep.run(args)
     for name in ("topology", "mesh", "batch"):
         if len(getattr(args, name) or ()) > 1:
-            raise InputError(f"--{name}: given {len(getattr(args, name))} times; one plan has one, --sweep takes several")
+            raise InputError(
+                f"--{name}: given {len(getattr(args, name))} times; one plan has one, --sweep takes several"
+            )
     return _one(args)
 
 

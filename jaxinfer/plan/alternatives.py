@@ -21,12 +21,12 @@ class Alternative:
 
     change: str
     request: Request
-    free: float  # bytes left on each device
+    free: float | int  # bytes left on each device
 
 
 def alternatives(plan: Plan) -> list[Alternative]:
     """Return the nearest settings that fit, at most three: the smallest change of each kind before a second of one."""
-    found: list[tuple[bool, float, Alternative]] = []
+    found: list[tuple[bool, float | int, Alternative]] = []
     kinds: set[str] = set()
     for distance, kind, change, request in sorted(_changes(plan), key=lambda c: c[0]):
         again = kind in kinds
@@ -42,7 +42,7 @@ def alternatives(plan: Plan) -> list[Alternative]:
     return [a for *_, a in sorted(found, key=lambda f: f[:2])[:COUNT]]
 
 
-def _free(plan: Plan, target: Target) -> float:
+def _free(plan: Plan, target: Target) -> float | int:
     """Return the bytes that are left: what a step needs beside weights and cache stays what it was."""
     built, request = target.built, target.request
     cache = shard_bytes(*built.cache(request.batch, request.context))
@@ -53,7 +53,7 @@ def _free(plan: Plan, target: Target) -> float:
     ).free
 
 
-def _changes(plan: Plan) -> Iterator[tuple[float, str, str, Request]]:
+def _changes(plan: Plan) -> Iterator[tuple[float | int, str, str, Request]]:
     """Yield changes with their distance: how many halvings of use or doublings of means they are."""
     request, target = plan.request, plan.target
     groups = math.prod(target.sizes[a] for a in target.built.rules.mesh_axes("batch", target.sizes))

@@ -18,6 +18,7 @@ from jaxinfer.plan.topology import Topology, environment
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SUMS = ("arguments", "cache", "code", "flops", "bytes")  # what each further layer adds to
+_SECONDS = ("trace_seconds", "compile_seconds", "processor_seconds")
 _LIMIT = 3600  # seconds after which a compiler is stopped
 
 
@@ -27,19 +28,20 @@ class Compiled:
 
     layers: tuple[int, ...]  # how many each program that was compiled has
     whole: bool  # whether it is one program with all layers; else sums of cuts
-    arguments: float
-    cache: float
-    temporaries: float
-    code: float
-    flops: float  # as XLA counts them: without kernels, and loops once
-    bytes: float  # as XLA counts them: what its operations read and write, in VMEM too
-    trace_seconds: float
-    compile_seconds: float
-    kernels: Mapping[str, float]
-    collectives: Mapping[Collective, float]
+    arguments: float | int
+    cache: float | int
+    temporaries: float | int
+    code: float | int
+    flops: float | int  # as XLA counts them: without kernels, and loops once
+    bytes: float | int  # as XLA counts them: what its operations read and write, in VMEM too
+    trace_seconds: float | int
+    compile_seconds: float | int
+    processor_seconds: float | int  # of both, on all cores: what does not grow with the machine's other work
+    kernels: Mapping[str, float | int]
+    collectives: Mapping[Collective, float | int]
 
     @property
-    def weights(self) -> float:
+    def weights(self) -> float | int:
         """Bytes of the arguments that are no cache."""
         return self.arguments - self.cache
 
@@ -91,7 +93,7 @@ def combine(answers: Sequence[Mapping[str, Any]], cuts: Sequence[tuple[tuple[int
     """
     weights = [weight for _, weight in cuts]
 
-    def total(name: str) -> float:
+    def total(name: str) -> float | int:
         return sum(w * (a[name] or 0) for w, a in zip(weights, answers, strict=True))
 
     kernels: collections.Counter[str] = collections.Counter()
@@ -106,8 +108,7 @@ def combine(answers: Sequence[Mapping[str, Any]], cuts: Sequence[tuple[tuple[int
         whole=whole,
         **{name: total(name) for name in _SUMS},
         temporaries=max(a["temporaries"] for a in answers),
-        trace_seconds=sum(a["trace_seconds"] for a in answers),
-        compile_seconds=sum(a["compile_seconds"] for a in answers),
+        **{name: sum(a[name] for a in answers) for name in _SECONDS},
         kernels={name: n for name, n in kernels.items() if n},
         collectives={c: n for c, n in collectives.items() if n},
     )

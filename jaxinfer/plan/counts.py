@@ -18,20 +18,20 @@ from jaxinfer.sharding.specs import shard_bytes
 class Work:
     """Bytes and FLOPs of one device in a step; a multiply and an add are two."""
 
-    weight_bytes: float  # read: of experts those that some token chooses, of a table that only looks up its rows
-    cache_bytes: float  # read: the live tokens, of a window those in it
-    activation_bytes: float  # what products read and write beside the weights
-    product_flops: float  # with weights, in floats
-    integer_flops: float  # with weights, in int8
-    attention_flops: float
+    weight_bytes: float | int  # read: of experts those that some token chooses, of a table that only looks up its rows
+    cache_bytes: float | int  # read: the live tokens, of a window those in it
+    activation_bytes: float | int  # what products read and write beside the weights
+    product_flops: float | int  # with weights, in floats
+    integer_flops: float | int  # with weights, in int8
+    attention_flops: float | int
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> float | int:
         """All bytes."""
         return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> float | int:
         """All FLOPs."""
         return self.product_flops + self.integer_flops + self.attention_flops
 
@@ -81,8 +81,8 @@ def _ways(built: Built, spec: Any) -> int:
     return math.prod(built.sizes[a] for a in axes if a not in over_rows)
 
 
-def _activations(node: Any, leaf: Any, met: float, lies: Any, built: Built) -> float:
-    """Return the bytes of a product's inputs and outputs of two bytes a number, each divided as the weight's axes are."""
+def _activations(node: Any, leaf: Any, met: float | int, lies: Any, built: Built) -> float | int:
+    """Return the bytes of a product's inputs and outputs, two a number, each divided as the weight's axes are."""
     local = lies.shard_shape(jax.tree.leaves(leaf)[0].shape)
     if isinstance(node, Experts):
         groups, *sides = leaf.shape
@@ -97,7 +97,7 @@ def _activations(node: Any, leaf: Any, met: float, lies: Any, built: Built) -> f
     return 2.0 * met * (sides[True] + sides[False])
 
 
-def _attention(built: Built, rows: int, tokens: int, before: int) -> tuple[float, float]:
+def _attention(built: Built, rows: int, tokens: int, before: int) -> tuple[float | int, float]:
     """Return the bytes of the cache that a device reads, and the FLOPs of its scores and sums."""
     config = built.model.config
     cache, lies = built.cache(rows, before + tokens)

@@ -18,7 +18,7 @@ from jaxinfer.sharding.specs import shard_bytes
 _SUM = 4  # bytes of a number of a product's sums
 
 
-def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collective, float]:
+def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collective, float | int]:
     """Return the collectives of a step of `rows` rows of `tokens` new tokens."""
     config, model, sizes = built.model.config, built.model, built.sizes
     found: collections.Counter[Collective] = collections.Counter()
@@ -29,7 +29,7 @@ def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collecti
     def over(name: str) -> tuple[str, ...]:
         return tuple(a for a in built.rules.mesh_axes(name, sizes) if a not in over_rows)
 
-    def add(kind: str, size: float, axes: Sequence[str], times: float = 1) -> None:
+    def add(kind: str, size: float | int, axes: Sequence[str], times: float | int = 1) -> None:
         if math.prod(sizes[a] for a in axes) > 1 and size:
             found[Collective(kind, int(size), group(sizes, axes))] += times
 

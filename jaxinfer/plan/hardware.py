@@ -12,18 +12,18 @@ class Hardware:
     """One kind of chip. Rates are the vendor's peaks for one JAX device, of which a chip has `cores`."""
 
     name: str
-    hbm: float  # bytes of memory
-    bandwidth: float  # bytes of memory a second
-    flops: float  # of bfloat16 products a second
-    int8: float  # of int8 products a second; the same where the chip has none of its own
-    link: float  # bytes/s of one link in one direction
+    hbm: float | int  # bytes of memory
+    bandwidth: float | int  # bytes of memory a second
+    flops: float | int  # of bfloat16 products a second
+    int8: float | int  # of int8 products a second; the same where the chip has none of its own
+    link: float | int  # bytes/s of one link in one direction
     dims: int  # of the torus: 2 or 3; 0: a switch that joins all
     wraps: int  # a dimension of a multiple of this many chips is a ring; others are lines
     cores: int = 1
     source: str = ""
 
     @property
-    def usable(self) -> float:
+    def usable(self) -> float | int:
         """Bytes that a program can have: the runtime keeps some."""
         return self.hbm * USABLE
 
@@ -39,8 +39,8 @@ HOP = 1e-6  # seconds from a chip to its neighbour (How to Scale Your Model, "Ho
 _GIB = 2.0**30
 
 
-def _tpu(name: str, hbm: float, link: float, dims: int, wraps: int, cores: int = 1, kernels: str | None = None):
-    chip = CHIPS[name if kernels is None else kernels]
+def _tpu(name: str, hbm: float | int, link: float | int, dims: int, wraps: int, cores: int = 1) -> Hardware:
+    chip = CHIPS[name]
     flops = chip.clock * chip.flops_per_cycle
     return Hardware(
         name=name, hbm=hbm * _GIB, bandwidth=chip.bandwidth, flops=flops, int8=flops * chip.int8_ratio, link=link,

@@ -18,11 +18,11 @@ _ON_CHIP = 6.0  # times a link's rate, between the two devices of a chip (cloud.
 
 def collective_seconds(
     kind: str,
-    size: float,
+    size: float | int,
     places: Int[np.ndarray, "n dims"],
     shape: Sequence[int],
     hardware: Hardware,
-) -> float:
+) -> float | int:
     """Return the seconds of one collective of `size` bytes among devices at `places` of a torus of this shape.
 
     `size` is that of the whole array: what an all-gather gives, what an all-reduce reduces, what each device holds

@@ -1,10 +1,8 @@
 """From a request to its plan: shapes are counted here, programs compiled in another process, and times predicted."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +26,7 @@ class Phase:
     rows: int
     tokens: int
     work: Work
-    collectives: dict[Collective, float]  # as compiled where it was, else as estimated
+    collectives: dict[Collective, float | int]  # as compiled where it was, else as estimated
     times: Times | None  # None where the machine's peaks are not known
     compiled: Compiled | None
     error: str | None = None
@@ -38,20 +36,20 @@ class Phase:
 class Memory:
     """Bytes on each device."""
 
-    weights: float
-    cache: float
-    temporaries: float
-    code: float
-    usable: float | None  # None of a CPU
+    weights: float | int
+    cache: float | int
+    temporaries: float | int
+    code: float | int
+    usable: float | int | None  # None of a CPU
     estimated: bool  # from shapes alone: nothing was compiled
 
     @property
-    def total(self) -> float:
+    def total(self) -> float | int:
         """All that the program needs."""
         return self.weights + self.cache + self.temporaries + self.code
 
     @property
-    def free(self) -> float | None:
+    def free(self) -> float | int | None:
         """What is left; below 0 it does not fit."""
         return None if self.usable is None else self.usable - self.total
 
@@ -69,7 +67,7 @@ class Plan:
     memory: Memory
     phases: dict[str, Phase]
     prefill: Times | None  # of whole prompts, one for each group that has rows of its own
-    seconds: float  # that the plan took
+    seconds: float | int  # that the plan took
 
     @property
     def request(self) -> Request:
@@ -139,7 +137,7 @@ def _phase(target: Target, name: str, places: np.ndarray, compiled: Compiled | s
     return Phase(rows, tokens, work, found, _times(target, work, found, places), compiled, error)
 
 
-def _times(target: Target, work: Work, collectives: dict[Collective, float], places: np.ndarray) -> Times | None:
+def _times(target: Target, work: Work, collectives: dict[Collective, float | int], places: np.ndarray) -> Times | None:
     hardware = target.topology.hardware
     if hardware is None:
         return None
@@ -160,7 +158,7 @@ def _whole_prompt(target: Target, phase: Phase, places: np.ndarray) -> Times | N
 
 
 def _memory(target: Target, compiled: Sequence[Compiled]) -> Memory:
-    """Return the bytes of weights and of the cache of all rows; what a step needs beside them is of the largest step."""
+    """Return the bytes of weights and of all rows' cache; what a step needs beside them is of the largest step."""
     hardware = target.topology.hardware
     usable = None if hardware is None else hardware.usable
     built = target.built
@@ -173,14 +171,9 @@ def _memory(target: Target, compiled: Sequence[Compiled]) -> Memory:
     return Memory(max(c.weights for c in compiled), max(cache, laid_out), temporaries, code, usable, estimated=False)
 
 
-def tokens_per_second(plan: Plan) -> float | None:
+def tokens_per_second(plan: Plan) -> float | int | None:
     """Return the tokens a second and chip that decode steps give, all rows together; None where no time is known."""
     phase = plan.phases.get("decode")
     if phase is None or phase.times is None:
         return None
     return plan.request.batch / phase.times.step / plan.target.topology.chips
-
-
-def finite(value: Any) -> bool:
-    """Return whether a number can be shown."""
-    return value is not None and math.isfinite(value)

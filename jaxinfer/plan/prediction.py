@@ -15,13 +15,13 @@ from jaxinfer.plan.network import collective_seconds
 class Times:
     """Seconds of a step's parts, one after another: products wait for attention, and both for the network."""
 
-    memory: float  # of the parts that memory limits
-    products: float  # of the parts that products limit
-    network: float
-    roofline: float  # all parts at the vendor's peaks, the network for nothing
+    memory: float | int  # of the parts that memory limits
+    products: float | int  # of the parts that products limit
+    network: float | int
+    roofline: float | int  # all parts at the vendor's peaks, the network for nothing
 
     @property
-    def step(self) -> float:
+    def step(self) -> float | int:
         """Seconds of the step."""
         return self.memory + self.products + self.network
 
@@ -35,7 +35,7 @@ class Times:
         return Times(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
-def predict(work: Work, network: float, hardware: Hardware) -> Times:
+def predict(work: Work, network: float | int, hardware: Hardware) -> Times:
     """Return the times of a step: `max(bytes / bandwidth, FLOPs / peak)` of the linear maps, the same of attention.
 
     Both rates are what programs get (`ATTAINED_*`), and the roofline what the vendor says. Collectives are taken to
@@ -58,8 +58,8 @@ def predict(work: Work, network: float, hardware: Hardware) -> Times:
 
 
 def network_seconds(
-    collectives: Mapping[Collective, float], places: np.ndarray, shape: tuple[int, ...], hardware: Hardware
-) -> float:
+    collectives: Mapping[Collective, float | int], places: np.ndarray, shape: tuple[int, ...], hardware: Hardware
+) -> float | int:
     """Return the seconds of a step's collectives, one after another."""
     return sum(
         n * collective_seconds(c.kind, c.bytes, places[list(c.group)], shape, hardware) for c, n in collectives.items()

@@ -11,6 +11,7 @@ from jaxinfer.plan.speculation import Speculation, check_step
 from jaxinfer.sharding.mesh import show_mesh
 
 GB = 1e9
+_MUCH_MORE = 3  # times the bytes that a step must move
 
 
 def to_json(plan: Plan, nearby: list[Alternative], speculation: Speculation | None) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
         "bytes": {"weights": work.weight_bytes, "cache": work.cache_bytes, "activations": work.activation_bytes},
         "flops": {"products": work.product_flops, "int8": work.integer_flops, "attention": work.attention_flops},
         "collectives": [
-            {"kind": c.kind, "bytes": c.bytes, "devices": len(c.group), "count": n} for c, n in phase.collectives.items()
+            {"kind": c.kind, "bytes": c.bytes, "devices": len(c.group), "count": n}
+            for c, n in phase.collectives.items()
         ],
         "times": None if phase.times is None else _times_json(phase.times),
         "compiled": None,
@@ -64,6 +66,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
             "layers": list(compiled.layers), "whole": compiled.whole, "flops": compiled.flops, "bytes": compiled.bytes,
             "temporaries": compiled.temporaries, "kernels": dict(compiled.kernels),
             "trace_seconds": compiled.trace_seconds, "compile_seconds": compiled.compile_seconds,
+            "processor_seconds": compiled.processor_seconds,
         }  # fmt: skip
     return out
 
@@ -112,7 +115,9 @@ def _memory_lines(plan: Plan, nearby: list[Alternative]) -> list[str]:
         return [head]
     lines = [f"{head} of {memory.usable / GB:.2f} that a program can have, free {memory.free / GB:.2f}"]
     if memory.estimated:
-        lines.append("  (nothing was compiled: weights and cache by their shapes, temporaries and the program left out)")
+        lines.append(
+            "  (nothing was compiled: weights and cache by their shapes, temporaries and the program left out)"
+        )
     if memory.fits:
         return lines
     lines.append(f"DOES NOT FIT, by {-memory.free / GB:.2f} GB per device" + (". What fits:" if nearby else ""))
@@ -125,8 +130,8 @@ def _phase_lines(plan: Plan, name: str, phase: Phase) -> list[str]:
     what = f"{rows} by a token" if name == "decode" else f"{rows} by a chunk of {phase.tokens} tokens, the last one"
     lines = [
         f"{name}: {what}",
-        f"  per device: {work.bytes / GB:.3f} GB (weights {work.weight_bytes / GB:.3f}, cache {work.cache_bytes / GB:.3f}"
-        f", activations {work.activation_bytes / GB:.3f}), {work.flops / GB:.1f} GFLOP"
+        f"  per device: {work.bytes / GB:.3f} GB (weights {work.weight_bytes / GB:.3f}, cache "
+        f"{work.cache_bytes / GB:.3f}, activations {work.activation_bytes / GB:.3f}), {work.flops / GB:.1f} GFLOP"
         f" (attention {work.attention_flops / GB:.1f})",
         f"  collectives: {collectives_text(phase.collectives)}" + ("" if phase.compiled else " (estimated)"),
     ]
@@ -144,7 +149,15 @@ def _phase_lines(plan: Plan, name: str, phase: Phase) -> list[str]:
             f"  a prompt of {total} tokens: {1e3 * plan.prefill.step:.0f} ms, most of it {plan.prefill.limit}; "
             f"{phase.rows * total / plan.prefill.step / plan.target.topology.chips:.0f} tokens/s per chip"
         )
-    return [*lines, "  " + compiled_text(phase)]
+    return [*lines, "  " + compiled_text(phase), *_traffic(phase)]
+
+
+def _traffic(phase: Phase) -> list[str]:
+    """Return a warning where XLA moves far more than must be read: it is not in the predicted time."""
+    if phase.compiled is None or phase.compiled.bytes < _MUCH_MORE * phase.work.bytes:
+        return []
+    times = phase.compiled.bytes / phase.work.bytes
+    return [f"  beware: XLA counts {times:.1f} times these bytes, to and from HBM and VMEM; expect it to be slower"]
 
 
 def compiled_text(phase: Phase) -> str:
@@ -156,10 +169,11 @@ def compiled_text(phase: Phase) -> str:
         return "not compiled"
     kernels = ", ".join(f"{name} x{n:g}" for name, n in c.kernels.items()) or "none, all of it is XLA's"
     how = "all layers as one program" if c.whole else f"cuts of {' and '.join(map(str, c.layers))} layers, scaled"
-    return f"compiled in {c.trace_seconds + c.compile_seconds:.1f} s ({how}); kernels: {kernels}"
+    seconds = f"{c.trace_seconds + c.compile_seconds:.1f} s, {c.processor_seconds:.1f} s of processors"
+    return f"compiled in {seconds} ({how}); kernels: {kernels}"
 
 
-def collectives_text(collectives: dict[Collective, float]) -> str:
+def collectives_text(collectives: dict[Collective, float | int]) -> str:
     """Return collectives by kind: how many, and the bytes of them all."""
     sizes: collections.Counter[str] = collections.Counter()
     counts: collections.Counter[str] = collections.Counter()
@@ -175,6 +189,6 @@ def _speculation_lines(plan: Plan, speculation: Speculation) -> list[str]:
         return ["speculative: no times to correct"]
     return [
         f"speculative: drafts of {speculation.length}, {speculation.acceptance:.0%} accepted: "
-        f"{found['tokens_per_check']:.2f} tokens a check of {1e3 * found['check']:.2f} ms, {1e3 * found['step']:.2f} ms "
-        f"a token, {found['speedup']:.2f} times as fast (analytic)"
+        f"{found['tokens_per_check']:.2f} tokens a check of {1e3 * found['check']:.2f} ms, "
+        f"{1e3 * found['step']:.2f} ms a token, {found['speedup']:.2f} times as fast (analytic)"
     ]

@@ -13,7 +13,7 @@ from jaxinfer.models.config import ModelConfig, MoeConfig, config_from_dict
 from jaxinfer.ops.rope import RopeConfig
 
 
-def _llama(vocab: int, context: int, theta: float, kv_heads: int | None, sizes: tuple[int, int, int, int]):
+def _llama(vocab: int, context: int, theta: float | int, kv_heads: int | None, sizes: tuple[int, int, int, int]):
     layers, embed, mlp, heads = sizes
     return ModelConfig(
         family="llama", vocab_size=vocab, embed_dim=embed, mlp_dim=mlp, num_layers=layers, num_heads=heads,

@@ -15,11 +15,11 @@ class Speculation:
     """Drafts of `length` tokens, each accepted with probability `acceptance`, at `draft` of a step's time a token."""
 
     length: int
-    acceptance: float
-    draft: float
+    acceptance: float | int
+    draft: float | int
 
     @property
-    def tokens(self) -> float:
+    def tokens(self) -> float | int:
         """Tokens that a check gives on average: `(1 - a^(k + 1)) / (1 - a)` (2211.17192)."""
         a, k = self.acceptance, self.length
         return k + 1.0 if a == 1 else (1 - a ** (k + 1)) / (1 - a)

@@ -52,7 +52,7 @@ class Topology:
     def coordinates(self) -> Int[np.ndarray, "devices dims"]:
         """Return where each device's chip is in the torus and, last, which core of it the device is.
 
-        In the order in which a mesh takes them where nothing is compiled: neighbours along its last axes are neighbours.
+        In the order in which a mesh takes them where nothing is compiled: its last axes join neighbours.
         """
         cores = self.hardware.cores if self.hardware else 1
         return np.indices((*self.shape, cores)).reshape(len(self.shape) + 1, -1).T
@@ -76,7 +76,9 @@ def parse_topology(text: str) -> Topology:
     if len(shape) != dims:
         raise InputError(f"topology {text!r}: {kind} has {dims} dimension{'s' * (dims > 1)}, as in {example}")
     if kind in _LARGEST and math.prod(shape) > _LARGEST[kind]:
-        raise InputError(f"topology {text!r}: {math.prod(shape)} chips, and a {kind} slice has {_LARGEST[kind]} at most")
+        raise InputError(
+            f"topology {text!r}: {math.prod(shape)} chips, and {kind} slices have {_LARGEST[kind]} at most"
+        )
     if kind in ("v5e", "v6e") and max(shape) > 16:
         raise InputError(f"topology {text!r}: {kind} has 16 chips along a dimension at most; 16x16 is the largest")
     even = all(n % 2 == 0 for n in shape[:2])

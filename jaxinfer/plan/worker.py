@@ -40,9 +40,7 @@ def devices_of(topology: Topology) -> list[Any]:
         return jax.devices()
     if topology.is_tpu:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
-    return topologies.get_topology_desc(
-        "plan", "cuda", target_config=_H100, topology=f"1x1x{topology.devices}"
-    ).devices
+    return topologies.get_topology_desc("plan", "cuda", target_config=_H100, topology=f"1x1x{topology.devices}").devices
 
 
 def places_of(devices: Any) -> list[list[int]]:
@@ -75,7 +73,7 @@ def compile_step(built: Built, job: dict[str, Any]) -> dict[str, Any]:
         last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
         return cache, jnp.argmax(model.logits(last)[:, 0], axis=-1).astype(jnp.int32)
 
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     given = lie(cache, cache_shardings), rows(job["rows"], job["tokens"]), rows(job["rows"])
     lowered = jax.jit(step, donate_argnums=1).lower(lie(built.model, built.shardings), *given)
     middle = time.perf_counter()
@@ -93,6 +91,7 @@ def compile_step(built: Built, job: dict[str, Any]) -> dict[str, Any]:
         "bytes": cost.get("bytes accessed"),
         "trace_seconds": round(middle - begin, 3),
         "compile_seconds": round(end - middle, 3),
+        "processor_seconds": round(time.process_time() - busy, 3),
         "kernels": dict(found.kernels),
         "collectives": [[*c, n] for c, n in found.collectives.items()],
     }
