@@ -11,8 +11,7 @@ import numpy as np
 from models import random_program, tiny_config, tiny_moe
 
 import jaxinfer as ji
-from jaxinfer.decode import loop
-from jaxinfer.passes import PASSES, apply
+from jaxinfer.passes import apply
 from jaxinfer.passes.calibration import Calibration
 from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.program import Program
@@ -109,16 +108,17 @@ def decoders() -> Iterator[dict]:
 
 
 def main() -> None:
-    """Print lines of the passes that are named, or of everything."""
+    """Print lines of the passes, and of the decoders, that are named."""
     jax.config.update("jax_num_cpu_devices", 8)
+    names = sys.argv[1:]
     for kind in MESHES:
-        for name in sys.argv[1:] or ["none", *PASSES]:
+        for name in (n for n in names if n != "decoders"):
             if kind == "experts" and name not in ("none", "int4", "w8a8"):
                 continue
             spec = () if name == "none" else ((name, OPTIONS.get(name, {})),)
             for line in on_meshes(kind, name, apply(base(kind), *spec, calibration=calibration(kind))):
                 print(json.dumps(line), flush=True)
-    if not sys.argv[1:] or "decoders" in sys.argv:
+    if "decoders" in names:
         for line in decoders():
             print(json.dumps(line), flush=True)
 
