@@ -37,13 +37,17 @@ class Generating:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --config, --dtype, --keep-quantized, --pass and --calibrate."""
+    """Add --model, --config, --dtype, --keep-quantized, --mesh, --rules, --pass and --calibrate."""
     parser.add_argument("--model", metavar="M", help="name, path or hub repository (default: smollm2-135m)")
     parser.add_argument("--config", metavar="FILE", help="Python file with get_config(), or FILE:ARGUMENT")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what this device runs fastest)")
     parser.add_argument(
         "--keep-quantized", action="store_true", help="leave a GGUF file's 8- and 4-bit weights as they are"
     )
+    parser.add_argument(
+        "--mesh", metavar="M", help="run on a mesh of devices, such as data=2,model=4; a CPU simulates them"
+    )
+    parser.add_argument("--rules", metavar="NAME", help="what each axis of the mesh divides (default: mixed)")
     add_passes(parser)
 
 
@@ -84,6 +88,11 @@ def read_config(args: argparse.Namespace):
         config.dtype = args.dtype
     if args.keep_quantized:
         config.keep_quantized = True
+    for name in ("mesh", "rules"):
+        if getattr(args, name, None) is not None:
+            config[name] = getattr(args, name)
+    if getattr(args, "rules", None) is not None and not config.mesh:
+        raise InputError(f"--rules {args.rules}: says what a mesh divides; give --mesh too, such as data=2,model=4")
     if getattr(args, "passes", None):
         config.passes = tuple(args.passes)
     if getattr(args, "calibrate", None) is not None:

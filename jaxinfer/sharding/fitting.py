@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.errors import InputError
@@ -24,7 +25,6 @@ _PEOPLE = {
     "kv_heads": "key heads",
     "mlp": "the width of the mlp",
     "experts": "experts",
-    "layers": "layers",
 }
 
 
@@ -42,9 +42,16 @@ def fit(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
         model = separate(model)
     times = _repeats(model, sizes, rules)
     if times > 1:
-        model = rewrite(model, Attention, ".*", lambda node: _repeat_heads(node, times))
+        model = rewrite(model, Attention, ".*", lambda node: _each_head(node, times, repeat=True))
     check_fits(model, mesh, rules)
     return model
+
+
+def unfit(model: Any) -> Any:
+    """Return the model with every key head once again, as a file is to have it."""
+    heads = [node.num_kv_heads for node in select(model, Attention).values()]
+    times = max(heads, default=0) // model.config.num_kv_heads
+    return model if times < 2 else rewrite(model, Attention, ".*", lambda node: _each_head(node, times, repeat=False))
 
 
 def check_fits(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
@@ -90,7 +97,7 @@ def _problem(
     model: Any, sizes: Mapping[str, int], rules: Rules, times: int = 1
 ) -> tuple[str, int, tuple[str, ...]] | None:
     """Return the first axis that must be divided and is not: its name, size, and the mesh axes."""
-    for named in ((("layers", len(model.layers)),), *axes_of_nodes(model)):
+    for named in axes_of_nodes(model):
         taken: set[str] = set()
         for name, size in named:
             axes = tuple(a for a in rules.mesh_axes(name, sizes) if a not in taken)
@@ -116,19 +123,25 @@ def _repeats(model: Any, sizes: Mapping[str, int], rules: Rules) -> int:
     return times if all(N % (K * times) == 0 for N in heads for K in kv_heads) else 1
 
 
-def _repeat_heads(node: Attention, times: int) -> Attention:
-    """Return the attention with every key and value head `times` times, side by side."""
+def _each_head(node: Attention, times: int, repeat: bool) -> Attention:
+    """Return the attention with every key and value head `times` times, side by side, or one of so many."""
 
-    def repeat(linear: Any) -> Any:
+    def change(linear: Any) -> Any:
         def of(keys: tuple, leaf: Any) -> Any:
             names = names_of(linear, path_of(keys), leaf.shape)
             axis = names.index("kv_heads") if "kv_heads" in names else None
             if axis is None or leaf.shape[axis] != node.num_kv_heads:
                 return leaf
-            again = lambda x: jnp.repeat(x, times, axis=axis)  # noqa: E731
-            return jax.eval_shape(again, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else again(leaf)
+
+            def fn(x: Any) -> Any:
+                if not repeat:
+                    return x[(slice(None),) * axis + (slice(None, None, times),)]
+                return (np if isinstance(x, np.ndarray) else jnp).repeat(x, times, axis=axis)
+
+            return jax.eval_shape(fn, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else fn(leaf)
 
         return jax.tree_util.tree_map_with_path(of, linear)
 
-    qkv = rewrite(node.qkv, Linear, ".*", lambda x: repeat(x) if "kv_heads" in x.axes else x)
-    return replace(node, qkv=qkv, num_kv_heads=node.num_kv_heads * times)
+    qkv = rewrite(node.qkv, Linear, ".*", lambda x: change(x) if "kv_heads" in x.axes else x)
+    heads = node.num_kv_heads * times if repeat else node.num_kv_heads // times
+    return replace(node, qkv=qkv, num_kv_heads=heads)

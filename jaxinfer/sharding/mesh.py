@@ -1,6 +1,8 @@
 """Meshes of devices by what people write: `data=4,model=8`."""
 
+import contextlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +16,6 @@ AXES = {
     "fsdp": "rows of the batch, and the weights along embed: gathered, or their products summed, where they are used",
     "model": "heads, the mlp's width and the vocabulary",
     "expert": "experts, and what `model` divides where there are none",
-    "context": "the slots of the cache, and the tokens of a prompt",
-    "stage": "layers",
 }
 
 
@@ -62,6 +62,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         )
     axes = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axes, devices=devices)
+
+
+def simulate_devices(sizes: Mapping[str, int]) -> None:
+    """Let a CPU, if JAX has not begun yet, be as many devices as the mesh takes; other platforms stay as they are."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    processes = jax.process_count() if jax.distributed.is_initialized() else 1
+    with contextlib.suppress(RuntimeError):  # too late: then what there is must do
+        jax.config.update("jax_num_cpu_devices", max(1, math.prod(sizes.values()) // processes))
 
 
 def _scaled(sizes: Mapping[str, int], count: int) -> dict[str, int]:

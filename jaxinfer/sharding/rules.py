@@ -1,7 +1,7 @@
 """The ready-made rules: which mesh axes each logical axis of weights, caches and activations is divided over.
 
-Logical axes: embed, mlp, heads, kv_heads, head_dim, vocab, experts (weights); batch, kv_heads, slots (caches);
-layers (of the model). A mixture is a mesh with several axes: under "mixed" each strategy is a mesh axis of its own.
+Logical axes: embed, mlp, heads, kv_heads, head_dim, vocab, experts (weights); batch, kv_heads (caches).
+A mixture is a mesh with several axes: under "mixed" each strategy is a mesh axis of its own.
 """
 
 from jaxinfer.ops.placement import Rules
@@ -10,7 +10,7 @@ __all__ = ["DEFAULT", "MUST_DIVIDE", "RULES", "Rules"]
 
 # Where the mesh does not divide the size of another axis, arrays lie whole along it: rows of a batch that are too few,
 # a vocabulary of an odd size, a scale that one tile has. Of these the whole gain would be lost in silence.
-MUST_DIVIDE = ("heads", "kv_heads", "mlp", "experts", "slots", "layers")
+MUST_DIVIDE = ("heads", "kv_heads", "mlp", "experts")
 
 
 def _rules(name: str, about: str, **table: tuple[str, ...]) -> Rules:
@@ -34,8 +34,6 @@ RULES: dict[str, Rules] = {
             batch=("data", "fsdp"),
             embed=("fsdp",),
             experts=("expert",),
-            slots=("context",),
-            layers=("stage",),
             **_widths("model", "expert"),
         ),
         _rules(
@@ -58,20 +56,6 @@ RULES: dict[str, Rules] = {
             batch=("data",),
             experts=("expert", "model"),
             **_widths("expert", "model"),
-        ),
-        _rules(
-            "context",
-            "the cache's slots over context and model, rows over data; every device holds the model",
-            batch=("data",),
-            slots=("context", "model"),
-        ),
-        _rules(
-            "stages",
-            "layers over stage, heads and widths over model, rows over data",
-            batch=("data",),
-            layers=("stage",),
-            experts=("model",),
-            **_widths("model"),
         ),
     )
 }

@@ -1,7 +1,7 @@
 """The sharding of every leaf of a model or a cache, from the logical names of its axes: no leaf has code of its own."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxinfer.ops.placement import Rules
 from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, is_quantized
 from jaxinfer.sharding.fitting import check_fits
 from jaxinfer.sharding.names import names_of, owner
+from jaxinfer.tree import path_of
 
 
 def model_shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
@@ -38,10 +39,21 @@ def model_specs(model: Any, sizes: Mapping[str, int], rules: Rules) -> list[Part
     return specs
 
 
+def sharding_of(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Callable[[str, Any], NamedSharding]:
+    """Return where `checkpoint.assemble` is to put an array, by its leaf's path and its shape.
+
+    The model need not fit the mesh: what is not divided is whole, until `shard` has made it fit.
+    """
+    whole = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)[0]
+    parts = [(path_of(keys), part.shape) for keys, leaf in whole for part in jax.tree.leaves(leaf)]
+    specs = dict(zip(parts, model_specs(model, dict(mesh.shape), rules), strict=True))
+    return lambda path, shape: NamedSharding(mesh, specs[path, shape.shape])
+
+
 def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """Return the cache's tree with a NamedSharding for each leaf; shapes are enough.
 
-    Every array of a cache is `[B, K, slots, ...]`, or begins so: rows, then heads (or runs of a head), then the slots.
+    Every array of a cache is `[B, K, ...]`, or `[B]`: rows, then heads (or the runs of channels of a head).
     """
     sizes = dict(mesh.shape)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, cache_spec(leaf.shape, sizes, rules)), cache)
@@ -49,7 +61,7 @@ def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
 
 def cache_spec(shape: Sequence[int], sizes: Mapping[str, int], rules: Rules) -> PartitionSpec:
     """Return how one array of a cache lies."""
-    names = ("batch", "kv_heads", "slots")[: len(shape)]
+    names = ("batch", "kv_heads")[: len(shape)]
     return rules.spec((*names, *(None for _ in shape[len(names) :])), shape, sizes)
 
 

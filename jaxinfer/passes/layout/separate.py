@@ -6,7 +6,6 @@ Lossless. A mesh divides heads and widths, and a kernel in which several lie sid
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxinfer.models.layers import Linear
 from jaxinfer.models.transformer import QKV, GateUp
@@ -47,10 +46,8 @@ def _parts(linear: Linear, sizes: tuple[int, ...]) -> list[Linear]:
     def cut(leaf: Any, axis: int, start: int, size: int) -> Any:
         if axis >= leaf.ndim or leaf.shape[axis] != total:
             return leaf
-        take = lambda x: jax.lax.slice_in_dim(x, start, start + size, axis=axis)  # noqa: E731
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.eval_shape(take, leaf)
-        return take(jnp.asarray(leaf))
+        take = lambda x: x[(slice(None),) * axis + (slice(start, start + size),)]  # noqa: E731
+        return jax.eval_shape(take, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else take(leaf)
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(linear)
     parts, start = [], 0
