@@ -145,8 +145,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_does(tmp_path):
-    sizes = dict(hidden_size=8192, intermediate_size=65_536, num_hidden_layers=3, num_attention_heads=64)
-    sizes |= dict(num_key_value_heads=64, head_dim=128, max_position_embeddings=8192)
+    sizes = dict(hidden_size=8192, intermediate_size=65_536, num_hidden_layers=6, num_attention_heads=64)
+    sizes |= dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=8192)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(**sizes)))
     asked = dataclasses.replace(ASKED, model=str(tmp_path), mesh="data=16", batch=64, context=8192)
     found = plan(asked, compiling=False)

@@ -1,6 +1,8 @@
 """The program that a plan is of, as shapes that lie on a mesh; and the cuts of it that are compiled."""
 
 import dataclasses
+import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,10 +70,16 @@ def build(
     """
     if rules not in RULES:
         raise InputError(f"rules {rules!r}: {nearest(rules, RULES)}")
-    model = passes.apply(Program(abstract(config, jnp.dtype(dtype))), *specs).model
+    model = _without_mesh(config, dtype, json.dumps(list(specs)))
     real = isinstance(mesh, Mesh)  # then it is the program that runs there, which divides kernels by itself
     model = put(model, mesh, RULES[rules]) if real else fit(model, mesh, RULES[rules])
     return Built(model, model_shardings(model, mesh, RULES[rules]), mesh, RULES[rules])
+
+
+@functools.lru_cache(maxsize=4)  # passes over many layers take seconds, and a sweep asks for many meshes
+def _without_mesh(config: ModelConfig, dtype: str, specs: str) -> Any:
+    given = [spec if isinstance(spec, str) else tuple(spec) for spec in json.loads(specs)]
+    return passes.apply(Program(abstract(config, jnp.dtype(dtype))), *given).model
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

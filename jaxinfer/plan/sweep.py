@@ -46,6 +46,12 @@ def run(
         return [journal.done[key] for key in keys]
 
 
+def rows_of(directory: str | Path) -> list[Row]:
+    """Return the rows that a directory has."""
+    with Journal(Path(directory) / NAME, versions=versions()) as journal:
+        return list(journal.done.values())
+
+
 def row(request: Request, compiling: bool = True) -> Row:
     """Return the plan of a request as JSON types; of a setting that can't be, the reason."""
     asked = dataclasses.asdict(request)
