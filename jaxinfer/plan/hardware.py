@@ -19,6 +19,7 @@ class Hardware:
     link: float | int  # bytes/s of one link in one direction
     dims: int  # of the torus: 2 or 3; 0: a switch that joins all
     wraps: int  # a dimension of a multiple of this many chips is a ring; others are lines
+    attention: float | int  # share of the products' peak that attention of prompts gets
     cores: int = 1
     source: str = ""
 
@@ -39,27 +40,31 @@ HOP = 1e-6  # seconds from a chip to its neighbour (How to Scale Your Model, "Ho
 _GIB = 2.0**30
 
 
-def _tpu(name: str, hbm: float | int, link: float | int, dims: int, wraps: int, cores: int = 1) -> Hardware:
+def _tpu(
+    name: str, hbm: float | int, link: float | int, dims: int, wraps: int, attention: float | int, cores: int = 1
+) -> Hardware:
     chip = CHIPS[name]
     flops = chip.clock * chip.flops_per_cycle
     return Hardware(
         name=name, hbm=hbm * _GIB, bandwidth=chip.bandwidth, flops=flops, int8=flops * chip.int8_ratio, link=link,
-        dims=dims, wraps=wraps, cores=cores, source="cloud.google.com/tpu/docs; links: How to Scale Your Model",
+        attention=attention, dims=dims, wraps=wraps, cores=cores, source="cloud.google.com/tpu/docs; links: How to Scale Your Model",
     )  # fmt: skip
 
 
+# Attention of prompts: of v5e and v6e the static estimates of our kernel (its softmax, not the MXU, is the limit on
+# v6e), of tpu7x and H100 what tokamax's splash attention and cuDNN were measured to get; of v5p and v4 as of v5e.
 HARDWARE = {
-    "v5e": _tpu("v5e", 16, 45e9, 2, 16),
-    "v5p": _tpu("v5p", 95, 90e9, 3, 4),
-    "v6e": _tpu("v6e", 32, 90e9, 2, 16),
+    "v5e": _tpu("v5e", 16, 45e9, 2, 16, 0.70),
+    "v5p": _tpu("v5p", 95, 90e9, 3, 4, 0.70),
+    "v6e": _tpu("v6e", 32, 90e9, 2, 16, 0.26),
     # 1,200 GB/s a chip in both directions over six links; the 192 GiB and the products of a chip are two devices'.
-    "tpu7x": _tpu("tpu7x", 96, 100e9, 3, 4, cores=2),
+    "tpu7x": _tpu("tpu7x", 96, 100e9, 3, 4, 0.18, cores=2),
     "v4": Hardware(
-        name="v4", hbm=16 * _GIB, bandwidth=0.6e12, flops=137.5e12, int8=137.5e12, link=45e9, dims=3, wraps=4, cores=2,
-        source="cloud.google.com/tpu/docs/v4, halved: libtpu compiles for one core a device",
+        name="v4", hbm=16 * _GIB, bandwidth=0.6e12, flops=137.5e12, int8=137.5e12, link=45e9, dims=3, wraps=4,
+        cores=2, attention=0.70, source="cloud.google.com/tpu/docs/v4, halved: libtpu compiles for one core a device",
     ),
     "h100": Hardware(
         name="h100", hbm=80e9, bandwidth=3.35e12, flops=989e12, int8=1979e12, link=450e9, dims=0, wraps=1,
-        source="NVIDIA's data sheet of the H100 SXM",
+        attention=0.65, source="NVIDIA's data sheet of the H100 SXM",
     ),
 }  # fmt: skip

@@ -38,8 +38,8 @@ class Times:
 def predict(work: Work, network: float | int, hardware: Hardware) -> Times:
     """Return the times of a step: `max(bytes / bandwidth, FLOPs / peak)` of the linear maps, the same of attention.
 
-    Both rates are what programs get (`ATTAINED_*`), and the roofline what the vendor says. Collectives are taken to
-    wait: XLA overlaps few of a step's.
+    Both rates are what programs get (`ATTAINED_*`, `Hardware.attention`), and the roofline what the vendor says.
+    Collectives are taken to wait: XLA overlaps few of a step's.
     """
     linear = (
         work.weight_bytes + work.activation_bytes,
@@ -47,9 +47,9 @@ def predict(work: Work, network: float | int, hardware: Hardware) -> Times:
     )
     attention = (work.cache_bytes, work.attention_flops / hardware.flops)
     memory = products = roofline = 0.0
-    for size, seconds in (linear, attention):
+    for (size, seconds), share in ((linear, ATTAINED_FLOPS), (attention, hardware.attention)):
         roofline += max(size / hardware.bandwidth, seconds)
-        read, compute = size / (hardware.bandwidth * ATTAINED_BANDWIDTH), seconds / ATTAINED_FLOPS
+        read, compute = size / (hardware.bandwidth * ATTAINED_BANDWIDTH), seconds / share
         if read >= compute:
             memory += read
         else:
