@@ -19,7 +19,6 @@ from jaxinfer.plan.request import Request
 
 CHIPS = (64, 256, 1024, 4096, 16_384)
 DENSE = {"model=4": {"model": 4}, "model=16": {"model": 16}, "model=64": {"model": 64}}
-DENSE |= {"context=4,model=16": {"context": 4, "model": 16}}
 EXPERTS = {"expert=8": {"expert": 8}, "expert=32": {"expert": 32}, "expert=16,model=4": {"expert": 16, "model": 4}}
 
 

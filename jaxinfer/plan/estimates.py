@@ -16,8 +16,6 @@ from jaxinfer.plan.building import Built
 from jaxinfer.plan.hlo import Collective
 from jaxinfer.sharding.specs import shard_bytes
 
-_FLOAT = 4  # bytes of a number that is merged in float32
-
 
 def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collective, float | int]:
     """Return the collectives of a step of `rows` rows of `tokens` new tokens."""
@@ -40,8 +38,6 @@ def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collecti
         add("all-reduce", sums, over("heads"))
         wide = tuple(dict.fromkeys((*over("experts"), *over("mlp")))) if config.is_moe(i) else over("mlp")
         add("all-reduce", sums, wide)
-        merged = local * config.num_heads * (config.head_dim + 2) * _FLOAT / built.ways("heads", config.num_heads)
-        add("all-reduce", merged, over("slots"))
     stored = tuple(a for a in built.rules.mesh_axes("embed", sizes) if a in over_rows)
     if stored:
         leaves, lies = jax.tree.leaves(model.layers), jax.tree.leaves(built.shardings.layers)

@@ -47,7 +47,8 @@ def _tpu(
     flops = chip.clock * chip.flops_per_cycle
     return Hardware(
         name=name, hbm=hbm * _GIB, bandwidth=chip.bandwidth, flops=flops, int8=flops * chip.int8_ratio, link=link,
-        attention=attention, dims=dims, wraps=wraps, cores=cores, source="cloud.google.com/tpu/docs; links: How to Scale Your Model",
+        dims=dims, wraps=wraps, attention=attention, cores=cores,
+        source="cloud.google.com/tpu/docs; links: How to Scale Your Model",
     )  # fmt: skip
 
 

@@ -102,8 +102,7 @@ def _compile(target: Target, note: Note) -> tuple[np.ndarray | None, dict[str, C
     """Return the places of the mesh's devices, and each phase compiled, or why it is not."""
     request = target.request
     model = target.built.model
-    whole = request.whole or "stage" in target.sizes
-    pieces = [(tuple(range(len(model.layers))), 1)] if whole else cuts(model)
+    pieces = [(tuple(range(len(model.layers))), 1)] if request.whole else cuts(model)
     jobs = [
         {"name": f"{phase} {i}", "rows": rows, "tokens": tokens, "context": request.context, "layers": list(layers)}
         for phase, (rows, tokens) in _steps(target).items()
@@ -123,7 +122,7 @@ def _compile(target: Target, note: Note) -> tuple[np.ndarray | None, dict[str, C
     for phase in request.phases:
         parts = [answers[f"{phase} {i}"] for i in range(len(pieces))]
         errors = [part["error"] for part in parts if "error" in part]
-        found[phase] = errors[0] if errors else combine(parts, pieces, whole)
+        found[phase] = errors[0] if errors else combine(parts, pieces, request.whole)
     return places, found
 
 
