@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.models.config import config_from_dict
 from jaxinfer.plan import hlo
@@ -41,6 +42,15 @@ def devices_of(topology: Topology) -> list[Any]:
     if topology.is_tpu:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     return topologies.get_topology_desc("plan", "cuda", target_config=_H100, topology=f"1x1x{topology.devices}").devices
+
+
+def mesh_of(sizes: dict[str, int], devices: list[Any]) -> Mesh:
+    """Return the mesh, with axes that are parts of a dimension of the torus where no whole dimensions make them."""
+    try:
+        return make_mesh(sizes, devices)
+    except NotImplementedError:  # jax.make_mesh splits no dimension of a torus by itself
+        shape = tuple(sizes.values())
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), tuple(sizes))
 
 
 def places_of(devices: Any) -> list[list[int]]:
@@ -100,7 +110,7 @@ def compile_step(built: Built, job: dict[str, Any]) -> dict[str, Any]:
 def run(request: dict[str, Any], write: Any) -> None:
     """Compile every job of a request; an error is the answer of its job."""
     topology = parse_topology(request["topology"])
-    mesh = make_mesh(request["mesh"], devices_of(topology))
+    mesh = mesh_of(request["mesh"], devices_of(topology))
     write({"places": places_of(np.asarray(mesh.devices))})
     specs = [spec if isinstance(spec, str) else tuple(spec) for spec in request["passes"]]
     built = build(config_from_dict(request["config"]), request["dtype"], specs, mesh, request["rules"])
