@@ -51,6 +51,31 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_passes(parser)
 
 
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Add --distributed."""
+    parser.add_argument(
+        "--distributed", metavar="D",
+        help="be one of several processes: ADDRESS:PORT,COUNT,INDEX, or auto on a cluster that JAX knows",
+    )  # fmt: skip
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the processes of --distributed, if it is given. Raises InputError where there is no mesh over them."""
+    if args.distributed is not None:
+        if args.mesh is None and args.config is None:
+            raise InputError(f"--distributed {args.distributed}: needs the mesh over all devices; give --mesh too")
+        from jaxinfer.sharding import processes
+
+        processes.join(args.distributed)
+
+
+def shared(path: str) -> str:
+    """Return a path to write to: in all processes but the first that of a copy."""
+    from jaxinfer.sharding import processes
+
+    return str(processes.same_file(path))
+
+
 def add_passes(parser: argparse.ArgumentParser) -> None:
     """Add --pass and --calibrate."""
     parser.add_argument(
