@@ -87,3 +87,25 @@ def test_two_processes_of_which_one_dies_end_and_go_on(tmp_path, capsys):
 def test_a_spec_that_names_no_place_is_refused(spec, capsys):
     status, _, err = caller(capsys)("generate", "Hi", "--config", TINY, "--mesh", "data=2", "--distributed", spec)
     assert status == 2 and err.startswith(f"jaxinfer: error: distributed='{spec}'") and processes.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tool", "settings"),
+    [
+        ("tpu_pod.sh", "gcloud", {"NAME": "slice", "ZONE": "here"}),
+        ("gke_xpk.sh", "xpk", {"CLUSTER": "c", "NAME": "n", "TYPE": "v5litepod-16", "IMAGE": "i"}),
+        ("slurm.sh", "srun", {}),
+    ],
+)
+def test_a_recipe_runs_the_command_that_it_is_given(recipe, tool, settings, tmp_path):
+    """With a tool that runs here what it is told to run there; an argument keeps its spaces."""
+    runs = 'case "$*" in *--command*) eval "${@: -1}";; *) "${@:2}";; esac'
+    for name, text in ((tool, runs), ("jaxinfer", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "configs" / "launch" / recipe), "generate", "two words", "--mesh", "model=8"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["generate", "two words", "--mesh", "model=8", "--distributed", "auto"], (
+        done.stderr
+    )
