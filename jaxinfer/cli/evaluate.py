@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, choices=TASKS, help="what to measure")
     parser.add_argument("--data", required=True, metavar="FILE", help="what to measure it on")
     options.add_model(parser)
+    options.add_mesh(parser)
     options.add_distributed(parser)
     parser.add_argument("--window", type=int, metavar="N", help="perplexity: tokens scored together (default: 512)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="perplexity: only the first N tokens of the text")

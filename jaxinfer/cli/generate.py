@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `jaxinfer generate`."""
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; - reads it from stdin")
     options.add_model(parser)
+    options.add_mesh(parser)
     options.add_distributed(parser)
     options.add_generating(parser)
     parser.add_argument("--chat", action="store_true", help="ask as a user, in the model's chat template")

@@ -37,17 +37,13 @@ class Generating:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --config, --dtype, --keep-quantized, --mesh, --rules, --pass and --calibrate."""
+    """Add --model, --config, --dtype, --keep-quantized, --pass and --calibrate."""
     parser.add_argument("--model", metavar="M", help="name, path or hub repository (default: smollm2-135m)")
     parser.add_argument("--config", metavar="FILE", help="Python file with get_config(), or FILE:ARGUMENT")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what this device runs fastest)")
     parser.add_argument(
         "--keep-quantized", action="store_true", help="leave a GGUF file's 8- and 4-bit weights as they are"
     )
-    parser.add_argument(
-        "--mesh", metavar="M", help="run on a mesh of devices, such as data=2,model=4; a CPU simulates them"
-    )
-    parser.add_argument("--rules", metavar="NAME", help="what each axis of the mesh divides (default: mixed)")
     add_passes(parser)
 
 
@@ -74,6 +70,14 @@ def shared(path: str) -> str:
     from jaxinfer.sharding import processes
 
     return str(processes.same_file(path))
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Add --mesh and --rules."""
+    parser.add_argument(
+        "--mesh", metavar="M", help="run on a mesh of devices, such as data=2,model=4; a CPU simulates them"
+    )
+    parser.add_argument("--rules", metavar="NAME", help="what each axis of the mesh divides (default: mixed)")
 
 
 def add_passes(parser: argparse.ArgumentParser) -> None:
