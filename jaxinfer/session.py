@@ -10,6 +10,7 @@ from jaxinfer.decode import loop
 from jaxinfer.decode.base import State
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
+from jaxinfer.ops.placement import fetch
 from jaxinfer.program import Program
 
 Rows = list[list[int]]
@@ -129,7 +130,7 @@ class Session:
         dispatch = 0
         try:
             while True:
-                emitted, tokens, done = (np.asarray(x) for x in (state.emitted, state.tokens, state.done))
+                emitted, tokens, done = map(fetch, (state.emitted, state.tokens, state.done))
                 new = [tokens[b, told[b] : emitted[b]].tolist() for b in range(batch)]
                 told = emitted.astype(np.int64)
                 yield new
@@ -153,12 +154,12 @@ class Session:
             # Ctrl-C in the middle of a dispatch: its result is lost, and its input was donated.
             self._cache, self._logits, self.rows = None, None, [[] for _ in self.rows]
             return
-        emitted, tokens, length = (np.asarray(x) for x in (state.emitted, state.tokens, state.cache.length))
+        emitted, tokens, length = map(fetch, (state.emitted, state.tokens, state.cache.length))
         self._cache = state.cache
         for b, row in enumerate(self.rows):
             self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
             self._longest[b] = max(self._longest[b], int(length[b]) + self.program.decoder.lookahead)
-        self.steps = None if state.own is None else np.asarray(state.own.steps).tolist()
+        self.steps = None if state.own is None else fetch(state.own.steps).tolist()
 
 
 def check_ids(row: Sequence[int] | Int[np.ndarray, "n"], vocab_size: int) -> None:

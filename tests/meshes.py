@@ -18,7 +18,7 @@ def lines(script: str, *arguments: str) -> list[dict]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / script), *arguments],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=900,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "not usable" not in done.stderr, done.stderr[-3000:]  # a cache that a step copies

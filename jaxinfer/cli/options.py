@@ -37,18 +37,47 @@ class Generating:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --config, --dtype, --keep-quantized, --mesh, --rules, --pass and --calibrate."""
+    """Add --model, --config, --dtype, --keep-quantized, --pass and --calibrate."""
     parser.add_argument("--model", metavar="M", help="name, path or hub repository (default: smollm2-135m)")
     parser.add_argument("--config", metavar="FILE", help="Python file with get_config(), or FILE:ARGUMENT")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what this device runs fastest)")
     parser.add_argument(
         "--keep-quantized", action="store_true", help="leave a GGUF file's 8- and 4-bit weights as they are"
     )
+    add_passes(parser)
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Add --distributed."""
+    parser.add_argument(
+        "--distributed", metavar="D",
+        help="be one of several processes: ADDRESS:PORT,COUNT,INDEX, or auto on a cluster that JAX knows",
+    )  # fmt: skip
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the processes of --distributed, if it is given. Raises InputError where there is no mesh over them."""
+    if args.distributed is not None:
+        if args.mesh is None and args.config is None:
+            raise InputError(f"--distributed {args.distributed}: needs the mesh over all devices; give --mesh too")
+        from jaxinfer.sharding import processes
+
+        processes.join(args.distributed)
+
+
+def shared(path: str) -> str:
+    """Return a path to write to: in all processes but the first that of a copy."""
+    from jaxinfer.sharding import processes
+
+    return str(processes.same_file(path))
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Add --mesh and --rules."""
     parser.add_argument(
         "--mesh", metavar="M", help="run on a mesh of devices, such as data=2,model=4; a CPU simulates them"
     )
     parser.add_argument("--rules", metavar="NAME", help="what each axis of the mesh divides (default: mixed)")
-    add_passes(parser)
 
 
 def add_passes(parser: argparse.ArgumentParser) -> None:

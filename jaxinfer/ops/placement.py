@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 Names = Sequence[str | None]  # a logical name for each axis of an array; None: an axis that is never divided
@@ -47,6 +48,15 @@ def first_entry(spec: Sequence[str | tuple[str, ...] | None]) -> tuple[str, ...]
     """Return the mesh axes that divide the first axis of an array."""
     entry = spec[0] if len(spec) else None
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """Return an array in host memory, also where its parts are on devices of several processes: all must ask for it."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 _rules = jax.make_user_context(None)  # part of the key of every traced function, as the mesh is

@@ -48,12 +48,16 @@ class DividedLayer(nnx.Module):
         """Rewind on every device."""
         return self._around(self._everywhere("rewind", length)[1])
 
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "DividedLayer":
+        """Keep on every device the nodes of its rows."""
+        return self._around(self._everywhere("keep", start, nodes, counts)[1])
+
     def _around(self, inner: Any) -> "DividedLayer":
         return DividedLayer(inner, mesh=self.mesh, rows=self.rows, heads=self.heads)
 
     def _everywhere(self, method: str, *given: Array, **options: Any) -> tuple[Any, Any]:
         """Return what the cache's method gives where each device calls it with its part: an output or None, a cache."""
-        arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+        arrays = {name: x for name, x in options.items() if any(hasattr(leaf, "ndim") for leaf in jax.tree.leaves(x))}
         fixed = {name: x for name, x in options.items() if name not in arrays}
 
         def call(inner: Any, given: tuple, arrays: dict) -> tuple[Any, Any]:
@@ -62,10 +66,11 @@ class DividedLayer(nnx.Module):
 
         y, inner = jax.eval_shape(call, self.inner, given, arrays)
         held, passed = (lambda tree: jax.tree.map(self._held, tree)), (lambda tree: jax.tree.map(self._passed, tree))
+        asked = {name: jax.tree.map(lambda _, x=x: self._asked(x), x) for name, x in arrays.items()}
         divided = jax.shard_map(
             call,
             mesh=self.mesh,
-            in_specs=(held(self.inner), passed(given), passed(arrays)),
+            in_specs=(held(self.inner), passed(given), asked),
             out_specs=(passed(y), held(inner)),
             check_vma=False,
         )
@@ -74,6 +79,11 @@ class DividedLayer(nnx.Module):
     def _held(self, x: Any) -> PartitionSpec:
         """Return how an array of the cache lies: `[B, K, ...]`, or `[B]`."""
         return PartitionSpec(*(self.rows, self.heads)[: x.ndim])
+
+    def _asked(self, option: Any) -> PartitionSpec:
+        """Return how an option lies: a tree of tokens is `[T, T]`, one for all rows, or `[B, T, T]`, one a row."""
+        each = max(leaf.ndim for leaf in jax.tree.leaves(option)) > 2
+        return PartitionSpec(self.rows) if each else PartitionSpec()
 
     def _passed(self, x: Any) -> PartitionSpec:
         """Return how what goes in and out lies: `[B, T, heads, H]`, or `[B, ...]`."""

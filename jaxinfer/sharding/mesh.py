@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jaxinfer.errors import InputError, nearest
+from jaxinfer.sharding import processes
 
 AXES = {
     "data": "rows of the batch",
@@ -68,9 +69,8 @@ def simulate_devices(sizes: Mapping[str, int]) -> None:
     """Let a CPU, if JAX has not begun yet, be as many devices as the mesh takes; other platforms stay as they are."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    processes = jax.process_count() if jax.distributed.is_initialized() else 1
     with contextlib.suppress(RuntimeError):  # too late: then what there is must do
-        jax.config.update("jax_num_cpu_devices", max(1, math.prod(sizes.values()) // processes))
+        jax.config.update("jax_num_cpu_devices", max(1, math.prod(sizes.values()) // processes.count()))
 
 
 def _scaled(sizes: Mapping[str, int], count: int) -> dict[str, int]:
