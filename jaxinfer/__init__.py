@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxinfer.passes.calibration import Calibration
     from jaxinfer.program import Program, chain
     from jaxinfer.session import Session
+    from jaxinfer.sharding.shard import shard
     from jaxinfer.speculation import speculative
 
 __version__ = "0.1.0"
@@ -32,11 +33,12 @@ _HOME = {
     "Program": "program",
     "chain": "program",
     "Session": "session",
+    "shard": "sharding.shard",
     "speculative": "speculation",
 }
 __all__ = [  # noqa: RUF022 - in the order of use
     "load", "apply", "Calibration", "save", "generate_text", "stream_text", "generate", "Generation", "logits",
-    "perplexity", "Program", "chain", "speculative", "Session", "InputError",
+    "perplexity", "Program", "chain", "speculative", "shard", "Session", "InputError",
 ]  # fmt: skip
 
 

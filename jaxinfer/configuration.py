@@ -18,6 +18,9 @@ from jaxinfer.ops.rope import RopeConfig
 from jaxinfer.passes.base import Calibrated
 from jaxinfer.passes.calibration import Calibration
 from jaxinfer.program import Program
+from jaxinfer.sharding.mesh import parse_mesh, simulate_devices
+from jaxinfer.sharding.rules import DEFAULT
+from jaxinfer.sharding.shard import find_rules, shard
 from jaxinfer.speculation import VERIFIERS, check_drafter, speculative
 from jaxinfer.text.bytes import VOCAB_SIZE, byte_tokenizer
 from jaxinfer.text.tokenizer import Tokenizer
@@ -31,9 +34,11 @@ def defaults() -> ConfigDict:
     `model` is a name, a path or a hub repository. `dtype` None is what the device runs fastest. `keep_quantized` leaves
     a GGUF file's Q8_0, Q4_0 and Q4_1 weights as they are. `architecture`, when it has keys, gives the fields of a
     ModelConfig to fill with random weights in place of `model`. `passes` are applied in order: "int8", "int4:group=32",
-    ("int4", {"group": 32}). `calibration` is for those that need text: its file, how many windows of how many tokens,
-    and the directory from which a killed run goes on. `drafter` speculates ("ngram", "self:passes=int4": see
-    `jaxinfer.speculation`), and `verifier` says how sampled drafts are checked.
+    ("int4", {"group": 32}). `mesh` is the devices to run on, "data=2,model=4", divided by the `rules` of a name.
+    `calibration` is for passes that need text: its file, how many windows of how many tokens, and the directory from
+    which a killed run goes on.
+    `drafter` speculates ("ngram", "self:passes=int4": see `jaxinfer.speculation`), and `verifier` says how sampled
+    drafts are checked.
     """
     return ConfigDict(
         {
@@ -42,6 +47,8 @@ def defaults() -> ConfigDict:
             "keep_quantized": False,
             "architecture": {},
             "passes": (),
+            "mesh": "",
+            "rules": DEFAULT,
             "calibration": {"text": "", "windows": 64, "window": 512, "directory": ""},
             "drafter": "",
             "verifier": "coupled",
@@ -108,6 +115,9 @@ def check(config: ConfigDict) -> ConfigDict:
         raise InputError(f"verifier={merged.verifier!r}: {nearest(merged.verifier, VERIFIERS)}")
     if merged.dtype not in (None, *loading.DTYPES):
         raise InputError(f"dtype={merged.dtype!r}: {nearest(merged.dtype, loading.DTYPES)}")
+    if merged.mesh:
+        parse_mesh(merged.mesh)
+    find_rules(merged.rules)
     if merged.architecture:
         architecture(merged)
         if merged.keep_quantized:
@@ -124,14 +134,19 @@ def from_config(config: ConfigDict, progress: bool = False) -> Program:
         InputError: an unknown key, a wrong value, or whatever loading the model raises.
     """
     config = check(config)
+    if config.mesh:
+        simulate_devices(parse_mesh(config.mesh))
     program = _without_passes(config, progress)
     program = passes.apply(program, *config.passes, calibration=_calibration(config, program, progress))
-    return speculative(program, config.drafter, verifier=config.verifier) if config.drafter else program
+    if config.drafter:
+        program = speculative(program, config.drafter, verifier=config.verifier)
+    return shard(config.mesh, config.rules)(program) if config.mesh else program
 
 
 def _without_passes(config: ConfigDict, progress: bool) -> Program:
     if not config.architecture:
-        return loading.load(config.model, dtype=config.dtype, progress=progress, keep_quantized=config.keep_quantized)
+        options = dict(dtype=config.dtype, progress=progress, keep_quantized=config.keep_quantized)
+        return loading.load(config.model, **options, mesh=config.mesh or None, rules=config.rules)
     loading.enable_compilation_cache()
     model_config = architecture(config)
     choice = device.choose(model_config, config.dtype and jnp.dtype(config.dtype))

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from jaxinfer import device
@@ -22,10 +23,17 @@ from jaxinfer.models.config import config_from_dict, config_to_dict
 from jaxinfer.models.transformer import Transformer, abstract
 from jaxinfer.passes import apply
 from jaxinfer.passes.layout import apply_layouts
+from jaxinfer.passes.layout.fused import FusedGateUp, FusedQKV
+from jaxinfer.passes.layout.separate import separate
 from jaxinfer.passes.quantization.file_blocks import held_blocks, hold_blocks
 from jaxinfer.paths import cache_dir
 from jaxinfer.program import Program
+from jaxinfer.sharding.fitting import unfit
+from jaxinfer.sharding.rules import DEFAULT, Rules
+from jaxinfer.sharding.shard import Shard, shard
+from jaxinfer.sharding.specs import sharding_of
 from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.tree import select
 
 SAVED_AS_IT_IS = "keep_quantized is for GGUF files, and a saved program stays as it is: leave it out"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,12 +44,15 @@ def load(
     dtype: DTypeLike | None = None,
     progress: bool = False,
     keep_quantized: bool = False,
+    mesh: Mesh | str | None = None,
+    rules: Rules | str = DEFAULT,
 ) -> Program:
     """Load a model by name, path or hub repository, ready to run.
 
     A path is a Hugging Face directory (safetensors), a .safetensors or .gguf file, or what `save` wrote. Without
     `dtype`, dtype and weight layout are what this device ran fastest when it was measured (`jaxinfer info` shows it).
     `keep_quantized` leaves the Q8_0, Q4_0 and Q4_1 weights of a GGUF file as they are: its bytes, and its numbers.
+    With a `mesh` ("data=2,model=4") every tensor goes straight to the devices that `rules` give its parts.
 
     Raises:
         InputError: the model is not found, damaged, or of an unsupported kind; the message names file, constraint, fix.
@@ -49,29 +60,33 @@ def load(
     enable_compilation_cache()
     path = resolve(name_or_path)
     dtype = None if dtype is None else _check_dtype(dtype)
+    place = None if mesh is None else shard(mesh, rules)
     if orbax.is_saved(path):
         if keep_quantized:
             raise InputError(f"{path}: {SAVED_AS_IT_IS}")
-        return _restore(path, dtype)
+        return _restore(path, dtype, place)
     source = open_source(path)
     kinds = kinds_to_keep(source) if keep_quantized else {}
-    choice = device.choose(source.config, dtype)
+    measured = place is None or dtype is None  # a layout is for one device: a mesh has the plain one
+    choice = device.choose(source.config, dtype) if measured else device.Choice(dtype, (), ())
     shapes = abstract(source.config, choice.dtype)
     held = hold_blocks(shapes, kinds)
+    if place is not None:
+        place(Program(shapes))  # a mesh that does not fit is refused before any weight is read
     model = assemble(
-        shapes, source.config, source.entries, source.names, path=path, progress=progress, held=held if kinds else None
-    )
-    blocks = held_blocks(model)
-    model = lay_out(model, choice.layouts)
-    return Program(
+        shapes, source.config, source.entries, source.names, path=path, progress=progress, held=held if kinds else None,
+        sharding_of=None if place is None else sharding_of(held, place.mesh, place.rules),
+    )  # fmt: skip
+    program = Program(
         model=model,
         tokenizer=source.tokenizer,
         stop_ids=source.stop_ids,
         sampling=source.sampling,
-        layouts=choice.layouts,
-        blocks=blocks,
+        layouts=choice.layouts if place is None else (),
+        blocks=held_blocks(model),
         name=os.fspath(name_or_path),
     )
+    return program.replace(model=lay_out(model, choice.layouts)) if place is None else place(program)
 
 
 def kinds_to_keep(source: Source) -> dict[str, str]:
@@ -115,20 +130,22 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
     Raises:
         InputError: the directory exists, or the disk is full; nothing is left behind.
     """
+    model = unfit(program.model)
     metadata = {
         "config": config_to_dict(program.config),
         "dtype": str(program.model.embed.table.dtype),
         "layouts": list(program.layouts),
+        "separate": "fused" in program.layouts and not select(model, (FusedQKV, FusedGateUp)),
         "blocks": dict(program.blocks),
         "passes": [[name, dict(options)] for name, options in program.passes],
         "stop_ids": list(program.stop_ids),
         "sampling": dict(program.sampling),
         "name": program.name,
     }
-    return orbax.save(Path(directory), program.model, metadata, program.tokenizer)
+    return orbax.save(Path(directory), model, metadata, program.tokenizer)
 
 
-def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
+def _restore(path: Path, dtype: jnp.dtype | None, place: Shard | None) -> Program:
     metadata = orbax.read_metadata(path)
     model = abstract(config_from_dict(metadata["config"]), dtype or metadata["dtype"])
     blocks = metadata.get("blocks", {})
@@ -145,7 +162,11 @@ def _restore(path: Path, dtype: jnp.dtype | None) -> Program:
     )
     # The passes on a tree of shapes give the tree that was saved: packed leaves, other nodes, other caches.
     program = apply(program, *map(tuple, metadata.get("passes", ())))
-    return program.replace(model=lay_out(orbax.restore(path, program.model), ()))
+    shapes = separate(program.model) if metadata.get("separate") else program.model
+    if place is None:
+        return program.replace(model=lay_out(orbax.restore(path, shapes), ()))
+    place(program)
+    return place(program.replace(model=orbax.restore(path, place.shapes(shapes))))
 
 
 def _check_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -11,6 +11,7 @@ from jaxinfer.decode.base import State
 from jaxinfer.decode.rows import Rows, check_ids, common_prefix, seen
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
+from jaxinfer.ops.placement import fetch
 from jaxinfer.program import Program
 
 _ROOM = 64  # tokens: what forks are given is a multiple of it, so that few shapes compile
@@ -202,7 +203,7 @@ class Session:
         dispatch = 0
         try:
             while True:
-                emitted, tokens, done = (np.asarray(x) for x in (state.emitted, state.tokens, state.done))
+                emitted, tokens, done = map(fetch, (state.emitted, state.tokens, state.done))
                 new = [tokens[b, told[b] : emitted[b]].tolist() for b in range(batch)]
                 told = emitted.astype(np.int64)
                 yield new
@@ -226,11 +227,11 @@ class Session:
             # Ctrl-C in the middle of a dispatch: its result is lost, and its input was donated.
             self._forget()
             return
-        emitted, tokens, length = (np.asarray(x) for x in (state.emitted, state.tokens, state.cache.length))
+        emitted, tokens, length = map(fetch, (state.emitted, state.tokens, state.cache.length))
         self._cache = state.cache
         for b, row in enumerate(self.rows):
             self.rows[b] = (row + tokens[b, : emitted[b]].tolist())[: length[b]]
             self._longest[b] = max(self._longest[b], int(length[b]) + self.program.decoder.lookahead)
         if state.own is not None:
-            self.steps, self.checked = (np.asarray(x).tolist() for x in (state.own.steps, state.own.checked))
+            self.steps, self.checked = (fetch(x).tolist() for x in (state.own.steps, state.own.checked))
             self.told = state.own.drafter

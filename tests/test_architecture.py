@@ -18,10 +18,10 @@ RANKS = [
     ["jaxinfer.text", "jaxinfer.checkpoint", "jaxinfer.tree", "jaxinfer.passes.layout"],
     ["jaxinfer.decode"],
     ["jaxinfer.program"],
-    ["jaxinfer.passes"],
+    ["jaxinfer.passes", "jaxinfer.sharding"],
     ["jaxinfer.device", "jaxinfer.session", "jaxinfer.generation", "jaxinfer.loading", "jaxinfer.speculation"],
     ["jaxinfer.skeleton"],
-    ["jaxinfer.train", "jaxinfer.sharding", "jaxinfer.plan", "jaxinfer.eval"],
+    ["jaxinfer.train", "jaxinfer.plan", "jaxinfer.eval"],
     ["jaxinfer.configuration", "jaxinfer.cli", "jaxinfer"],
 ]
 ORACLES = {"torch", "transformers", "llama_cpp", "accelerate", "sentencepiece"}

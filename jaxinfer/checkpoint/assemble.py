@@ -170,7 +170,7 @@ def _stream(jobs: list[_Job], path: Path, sharding_of: ShardingOf | None, progre
     """Load the largest leaves first, so that their temporaries exist before the rest of the model does."""
     jobs = sorted(jobs, key=lambda job: -job.working_bytes)
     total = sum(nbytes(job.leaf) for job in jobs)
-    budget = total // 8  # a leaf above it is loaded alone
+    budget = total // 8 // jax.process_count()  # a leaf above it is loaded alone
     arrays: dict[str, Any] = {}
     in_flight: dict[Future, _Job] = {}
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {path.name}", disable=not progress)
@@ -215,11 +215,18 @@ def _load(job: _Job, path: Path, sharding_of: ShardingOf | None) -> jax.Array | 
                 "every weight must be finite: fetch the file again, or load it in a wider dtype"
             )
     arrays = [
-        jax.device_put(part, sharding_of(job.path, shape) if sharding_of else None)
+        _put(part, sharding_of(job.path, shape) if sharding_of else None)
         for part, shape in zip(host, shapes, strict=True)
     ]
     # The copy to an accelerator is asynchronous: wait, so that the host copy is gone before the next leaf starts.
     return jax.tree.unflatten(jax.tree.structure(job.leaf), jax.block_until_ready(arrays))
+
+
+def _put(part: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Return the array where the sharding says: a device gets its own part, and never more."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(part, sharding)
+    return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -74,7 +74,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, abstract: Any) -> Any:
-    """Return `abstract` with its leaves read from `path`, in the dtypes that it asks for.
+    """Return `abstract` with its leaves read from `path`, in the dtypes and to the places that it asks for.
+
+    However they were divided when they were saved: a device reads its own part, and never more.
 
     Raises:
         InputError: the store is damaged, or its arrays are not those of `abstract`.
@@ -83,7 +85,7 @@ def restore(path: Path, abstract: Any) -> Any:
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
         for name, leaf in tree.leaves(abstract).items()
     }
     try:

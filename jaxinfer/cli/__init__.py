@@ -8,9 +8,10 @@ import sys
 from typing import NoReturn
 
 import jaxinfer
-from jaxinfer.cli import apply, chat, compare, evaluate, generate, info, interrupt, passes, spec_bench
+from jaxinfer.cli import apply, chat, compare, evaluate, generate, info, interrupt, passes, plan, spec_bench
 from jaxinfer.errors import InputError
 
+_LOST = 3  # another of several processes has ended
 _INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 _COMMANDS = {
     "generate": generate,
@@ -21,6 +22,7 @@ _COMMANDS = {
     "apply": apply,
     "compare": compare,
     "spec-bench": spec_bench,
+    "plan": plan,
 }
 _EPILOG = "jaxinfer COMMAND --help tells a command's options"
 
@@ -35,14 +37,17 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 2 for bad input, 1 for a bug, 130 after Ctrl-C.
 
+    It is 3 where another of several processes has ended.
+
     Without `argv` the command is this process's own, from its command line.
     """
     if argv is not None:
         return _run(list(argv))
     signal.signal(signal.SIGINT, interrupt.deliver)
     status = _run(sys.argv[1:])
-    if status == _INTERRUPTED:
-        # A computation may still be running, and Python's teardown under it crashes: leave without one.
+    if status in (_INTERRUPTED, _LOST):
+        # A computation may still be running, and Python's teardown under it crashes, or the end of a process that has
+        # ended already is waited for: leave without one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -72,8 +77,17 @@ def _run(argv: list[str]) -> int:
             return _INTERRUPTED
         if debug:
             raise
+        if said := _lost(e):
+            print(f"jaxinfer: error: {said}", file=sys.stderr)
+            return _LOST
         print(f"jaxinfer: error: {_line(e)}", file=sys.stderr)
         return 2 if isinstance(e, (InputError, OSError)) else 1
+
+
+def _lost(error: Exception) -> str | None:
+    """Return what to say where another process has ended."""
+    processes = sys.modules.get("jaxinfer.sharding.processes")  # whoever has not used it is alone
+    return None if processes is None else processes.lost(error)
 
 
 def _line(error: Exception) -> str:

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `jaxinfer apply`."""
     parser.add_argument("name", nargs="?", metavar="MODEL", help="name, path or hub repository (default: smollm2-135m)")
     options.add_model(parser)
+    options.add_mesh(parser)
     parser.add_argument("--calibration-windows", type=int, metavar="N", help="windows of text to calibrate on")
     parser.add_argument("--calibration-window", type=int, metavar="N", help="tokens of each window")
     parser.add_argument("--calibration-dir", metavar="DIR", help="keep finished layers here; a killed run goes on")

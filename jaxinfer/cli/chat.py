@@ -20,6 +20,7 @@ _HELP = "/reset forgets the conversation, /quit leaves; Ctrl-C stops an answer"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `jaxinfer chat`."""
     options.add_model(parser)
+    options.add_mesh(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     options.add_generating(parser)
 

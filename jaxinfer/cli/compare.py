@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `jaxinfer compare`."""
     parser.add_argument("name", nargs="?", metavar="MODEL", help="name, path or hub repository (default: smollm2-135m)")
     options.add_model(parser)
+    options.add_mesh(parser)
     parser.add_argument("--pass-set", metavar="FILE", help="variants, one a line")
     parser.add_argument("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: perplexity)")
     parser.add_argument("--data", action="append", metavar="DIR", help="folder of the tasks' files, or TASK=FILE")
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 def _print_markdown(args: argparse.Namespace) -> None:
     from jaxinfer.eval.table import markdown
 
-    asked = ("name", "model", "passes", "pass_set", "tasks", "data", "calibrate", *_COUNTS)
+    asked = ("name", "model", "mesh", "passes", "pass_set", "tasks", "data", "calibrate", *_COUNTS)
     for name in asked:
         if getattr(args, name) is not None:
             what = {"name": "MODEL", "passes": "--pass"}.get(name, _flag(name))

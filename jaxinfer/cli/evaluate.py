@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, choices=TASKS, help="what to measure")
     parser.add_argument("--data", required=True, metavar="FILE", help="what to measure it on")
     options.add_model(parser)
+    options.add_mesh(parser)
+    options.add_distributed(parser)
     parser.add_argument("--window", type=int, metavar="N", help="perplexity: tokens scored together (default: 512)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="perplexity: only the first N tokens of the text")
     parser.add_argument("--limit", type=int, metavar="N", help="tasks: only the first N rows")
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("limit",) if text else ("window", "max_tokens"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name.replace('_', '-')}: not an option of --task {args.task}; leave it out")
+    options.join(args)
     config = options.read_config(args)
     data = _read(args)
     if args.out and not Path(args.out).absolute().parent.is_dir():
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         book = None
         if args.out:
             run = {"task": how, "data": data, "model": journal.fingerprint(program)}
-            book = stack.enter_context(journal.Journal(args.out, **run))
+            book = stack.enter_context(journal.Journal(options.shared(args.out), **run))
         resumed = len(book.done) if book else 0
         begin, compiled = time.perf_counter(), compile_seconds()
         report = _measure(args, program, data, book)

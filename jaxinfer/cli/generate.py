@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `jaxinfer generate`."""
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; - reads it from stdin")
     options.add_model(parser)
+    options.add_mesh(parser)
+    options.add_distributed(parser)
     options.add_generating(parser)
     parser.add_argument("--chat", action="store_true", help="ask as a user, in the model's chat template")
     parser.add_argument("--skeleton", action="store_true", help="ask for an outline, then write its points all at once")
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--time-saved compares two ways to write a skeleton's points; add --skeleton")
     if args.batch_size < 1:
         raise InputError(f"batch_size={args.batch_size}: must be 1 or more")
+    options.join(args)
     config = options.read_config(args)
     generating = options.generating(args, config)
     sampling = generating.sampling()
@@ -125,7 +128,7 @@ def _many(args, config, generating: options.Generating, sampling) -> None:
         "model": fingerprint(program),
         "options": {**vars(generating), "chat": args.chat},
     }
-    with Journal(args.out, **run) as journal:
+    with Journal(options.shared(args.out), **run) as journal:
         todo = sorted((i for i in range(len(rows)) if i not in journal.done), key=lambda i: len(prompts[i]))
         with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="prompt") as bar:
             for start in range(0, len(todo), args.batch_size):

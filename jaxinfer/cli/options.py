@@ -47,6 +47,39 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_passes(parser)
 
 
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Add --distributed."""
+    parser.add_argument(
+        "--distributed", metavar="D",
+        help="be one of several processes: ADDRESS:PORT,COUNT,INDEX, or auto on a cluster that JAX knows",
+    )  # fmt: skip
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the processes of --distributed, if it is given. Raises InputError where there is no mesh over them."""
+    if args.distributed is not None:
+        if args.mesh is None and args.config is None:
+            raise InputError(f"--distributed {args.distributed}: needs the mesh over all devices; give --mesh too")
+        from jaxinfer.sharding import processes
+
+        processes.join(args.distributed)
+
+
+def shared(path: str) -> str:
+    """Return a path to write to: in all processes but the first that of a copy."""
+    from jaxinfer.sharding import processes
+
+    return str(processes.same_file(path))
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Add --mesh and --rules."""
+    parser.add_argument(
+        "--mesh", metavar="M", help="run on a mesh of devices, such as data=2,model=4; a CPU simulates them"
+    )
+    parser.add_argument("--rules", metavar="NAME", help="what each axis of the mesh divides (default: mixed)")
+
+
 def add_passes(parser: argparse.ArgumentParser) -> None:
     """Add --pass and --calibrate."""
     parser.add_argument(
@@ -95,6 +128,11 @@ def read_config(args: argparse.Namespace):
         config.dtype = args.dtype
     if args.keep_quantized:
         config.keep_quantized = True
+    for name in ("mesh", "rules"):
+        if getattr(args, name, None) is not None:
+            config[name] = getattr(args, name)
+    if getattr(args, "rules", None) is not None and not config.mesh:
+        raise InputError(f"--rules {args.rules}: says what a mesh divides; give --mesh too, such as data=2,model=4")
     if getattr(args, "passes", None):
         config.passes = tuple(args.passes)
     for name in ("drafter", "verifier"):

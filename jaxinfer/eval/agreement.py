@@ -16,6 +16,7 @@ from jaxinfer.decode import loop
 from jaxinfer.decode.rows import check_ids
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
+from jaxinfer.ops.placement import fetch
 from jaxinfer.program import Program
 
 _LOGITS = 1 << 24  # logits of each of the two programs that exist at once: 64 MiB in float32
@@ -78,7 +79,7 @@ class Reference:
         self._batch_size = min(batch_size, len(self._windows))
         self._model = baseline.model
         bar = self._bar(progress)
-        self._hidden = [[np.asarray(h) for h in self._run(self._model, batch, bar)] for batch in self._batches()]
+        self._hidden = [[fetch(h) for h in self._run(self._model, batch, bar)] for batch in self._batches()]
         bar.close()
 
     def compare(self, program: Program, progress: bool = False) -> Agreement:
@@ -101,7 +102,7 @@ class Reference:
                 targets = np.zeros_like(padded)
                 for b, n in enumerate(counts):
                     targets[b, :n] = batch[b][start + 1 : start + 1 + n]
-                total += np.asarray(_compare(self._model, program.model, p, q, targets, counts), np.float64)
+                total += fetch(_compare(self._model, program.model, p, q, targets, counts)).astype(np.float64)
             sums.append(total)
         bar.close()
         kl, same, nats, extra = np.concatenate(sums, axis=1)[:, : len(self._windows)]

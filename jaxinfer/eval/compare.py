@@ -22,6 +22,8 @@ from jaxinfer.eval.results import BASELINE, TASKS, Results, Row, Settings, Varia
 from jaxinfer.generation import tokenizer_of
 from jaxinfer.passes import apply, parse
 from jaxinfer.program import Program
+from jaxinfer.sharding.mesh import show_mesh
+from jaxinfer.sharding.model import ShardedTransformer
 
 _DEFAULTS = Settings()
 _PACKAGES = ("jaxinfer", "jax", "jaxlib")
@@ -117,7 +119,7 @@ class _Run:
     def settings(self) -> dict[str, Any]:
         """Return everything that the rows of one file must share."""
         texts = {"perplexity": self.tokens} if self.tokens is not None else {}
-        calibration = getattr(self.calibration, "tokens", None)
+        calibration, model = getattr(self.calibration, "tokens", None), self.program.model
         return {
             "model": self.program.name,
             "weights": _hash(fingerprint(self.program)),
@@ -125,6 +127,7 @@ class _Run:
             "data": {task: _hash(rows) for task, rows in {**texts, **self.data}.items()},
             "calibration": None if calibration is None else _hash(np.asarray(calibration).tolist()),
             **dataclasses.asdict(self.options),
+            **({"mesh": show_mesh(model.mesh.shape)} if isinstance(model, ShardedTransformer) else {}),
             "device": roofline.device_name(),
             "versions": {"python": platform.python_version()} | {p: sys.modules[p].__version__ for p in _PACKAGES},
         }

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxinfer.errors import InputError
 from jaxinfer.models.config import config_to_dict
+from jaxinfer.ops.placement import fetch
 from jaxinfer.program import Program
 
 
@@ -72,7 +73,7 @@ class Journal:
 
 def fingerprint(program: Program) -> dict[str, Any]:
     """Return what tells two models apart: architecture, dtype, passes and a hash of the last norm."""
-    scale = np.asarray(program.model.final_norm.scale, np.float32)
+    scale = fetch(program.model.final_norm.scale).astype(np.float32)
     weights = hashlib.sha256(scale.tobytes()).hexdigest()
     return {
         "config": config_to_dict(program.config),

@@ -16,6 +16,7 @@ from jaxinfer.decode import loop
 from jaxinfer.errors import InputError
 from jaxinfer.eval.journal import Journal
 from jaxinfer.models.transformer import Transformer
+from jaxinfer.ops.placement import fetch
 from jaxinfer.program import Program
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context, which is not scored, and of its continuation
@@ -118,7 +119,7 @@ def _score_batch(model: Transformer, rows: list[tuple[list[int], int]]) -> list[
         for m, (b, t) in enumerate(wanted):
             at[:, m] = b, t, targets[b][start + t]
         cache, nats, hits = _score_chunk(model, cache, tokens, counts, *at)
-        for (b, _), value, hit in zip(wanted, np.asarray(nats, np.float64), np.asarray(hits), strict=False):
+        for (b, _), value, hit in zip(wanted, fetch(nats).astype(np.float64), fetch(hits), strict=False):
             logprobs[b] += float(value)
             greedy[b] &= bool(hit)
     return [Score(*pair) for pair in zip(logprobs, greedy, strict=True)]

@@ -1,7 +1,7 @@
 """The small parts that every block is made of: linear maps, norms and the embedding."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class Linear(nnx.Module):
     axes: tuple[str, ...] = nnx.static(kw_only=True)
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        y = einsum(self.eq, x, self.kernel)
+        y = einsum(self.eq, x, self.kernel, axes=self.axes)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
@@ -46,6 +46,7 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """Token vectors; the same table gives the logits of a model with tied embeddings."""
 
+    axes: ClassVar[tuple[str, ...]] = ("vocab", "embed")
     table: Leaf = nnx.data()
     multiplier: float = nnx.static(default=1.0, kw_only=True)
 
@@ -54,4 +55,4 @@ class Embedding(nnx.Module):
         return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return einsum("btd,vd->btv", x, self.table)
+        return einsum("btd,vd->btv", x, self.table, axes=self.axes)

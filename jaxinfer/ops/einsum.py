@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.ops import cpu_kernels
+from jaxinfer.ops.divided_einsum import divided
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.placement import Names, free_axes
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize, is_quantized
 from jaxinfer.ops.tpu_einsum import tpu_product, worth
 
@@ -23,17 +25,22 @@ def einsum(
     x: Float[Array, "..."],
     kernel: Float[Array, "..."] | Quantized,
     implementation: Implementation | None = None,
+    axes: Names | None = None,
 ) -> Float[Array, "..."]:
     """Return `jnp.einsum(eq, x, kernel)` accumulated in float32 and rounded once to x's dtype.
 
     `eq` is `"bt" + in letters, kernel letters -> "bt" + out letters`, where the kernel is stored inputs first
     (`"btd,dnh->btnh"`) or outputs first (`"btd,vd->btv"`). A quantized kernel is read as it is stored; `implementation`
-    says by what.
+    says by what. `axes` has the logical name of each kernel axis: under a mesh a kernel is divided by them.
 
     Raises:
         NotImplementedError: the implementation that is named can't do it; why.
         ValueError: `eq` is not of that form.
     """
+    product = functools.partial(einsum, eq, implementation=implementation)
+    y = divided(product, eq, x, kernel, axes, implementation) if is_quantized(kernel) else None
+    if y is not None:
+        return y
     rows, out_shape = flatten(eq, x, kernel.shape)
     if is_quantized(kernel):
         first = inputs_first(eq)
@@ -82,7 +89,8 @@ def on_cpu(
     native: Callable[..., Array], contract: Callable[..., Array], most: int | None, rows: Array, *kernel: Any
 ) -> Array:
     """Return the product by machine code where it runs on a CPU with at most `most` rows (None: any), else by XLA."""
-    if (most is None or rows.shape[0] <= most) and cpu_kernels.available():
+    # Machine code is called on one device: under a mesh XLA would gather for it what the devices have.
+    if (most is None or rows.shape[0] <= most) and cpu_kernels.available() and not free_axes():
         return jax.lax.platform_dependent(rows, *kernel, cpu=native, default=contract)
     return jax.lax.platform_dependent(
         rows, *kernel, cpu=lambda rows, *kernel: contract(rows, *_late(rows, kernel)), default=contract

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.ops import cpu_kernels
+from jaxinfer.ops.divided_einsum import divided
 from jaxinfer.ops.einsum import dot, flatten, inputs_first, on_cpu
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.placement import Names
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize
 from jaxinfer.ops.tpu_einsum import tpu_product, worth
 from pallas_kernels import quantized_matmul
@@ -24,6 +26,7 @@ def einsum_int8(
     kernel: Quantized,
     group: int | None = None,
     implementation: Implementation | None = None,
+    axes: Names | None = None,
 ) -> Float[Array, "..."]:
     """Return `einsum(eq, x, kernel)` with every token of x rounded to int8 too, so that the product is of integers.
 
@@ -35,6 +38,14 @@ def einsum_int8(
         ValueError: the kernel is not int8 with one scale for each output, stored outputs first, or `group` does not
             divide the inputs.
     """
+    product = functools.partial(_int8, eq, group=group, implementation=implementation)
+    y = divided(product, eq, x, kernel, axes, implementation, group)
+    if y is not None:
+        return y
+    return _int8(eq, x, kernel, group, implementation)
+
+
+def _int8(eq, x, kernel, group, implementation):
     rows, out_shape = flatten(eq, x, kernel.shape)
     weight = codes(kernel).reshape(-1, rows.shape[1])
     if inputs_first(eq) or weight.dtype != jnp.int8 or kernel.scale.size != weight.shape[0]:
@@ -62,7 +73,11 @@ def einsum_int8(
 
 
 def einsum_int4_int8(
-    eq: str, x: Float[Array, "..."], kernel: Quantized, implementation: Implementation | None = None
+    eq: str,
+    x: Float[Array, "..."],
+    kernel: Quantized,
+    implementation: Implementation | None = None,
+    axes: Names | None = None,
 ) -> Float[Array, "..."]:
     """Return `einsum(eq, x, kernel)` of a 4-bit kernel with x rounded to int8, a scale for each run of 32 inputs.
 
@@ -73,6 +88,10 @@ def einsum_int4_int8(
         NotImplementedError: the implementation that is named can't do it; why.
         ValueError: the kernel is not 4-bit and outputs first, or 32 does not divide its groups.
     """
+    product = functools.partial(einsum_int4_int8, eq, implementation=implementation)
+    y = divided(product, eq, x, kernel, axes, implementation, RUN)
+    if y is not None:
+        return y
     rows, out_shape = flatten(eq, x, kernel.shape)
     inner, outputs = rows.shape[1], math.prod(out_shape)
     group = inner * outputs // kernel.scale.size

@@ -58,6 +58,8 @@ Spec = str | tuple[str, Mapping[str, Any]] | Technique
 def apply(program: Program, *specs: Spec, calibration: Any = None) -> Program:
     """Return the program with passes applied from left to right; `calibration` goes to those that need text.
 
+    A program on a mesh stays there, with what is new where its rules say.
+
     Raises:
         InputError: an unknown pass or option (the nearest are named), a value of the wrong type, a pass that can't
             follow the ones before it (with the reason), or one that matches no node.
@@ -67,7 +69,9 @@ def apply(program: Program, *specs: Spec, calibration: Any = None) -> Program:
         if isinstance(technique, Calibrated) and technique.calibration is None:
             technique = dataclasses.replace(technique, calibration=calibration)
         program = technique(program)
-    return program
+    from jaxinfer.sharding.shard import settle  # which needs layouts, and so this package
+
+    return settle(program) if passes else program
 
 
 def parse(spec: Spec) -> Technique:

@@ -35,7 +35,7 @@ class OutlierLinear(DynamicLinear):
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         few, rest = split(x.reshape(*x.shape[:2], -1), self.columns)
         outer = self.eq.split("->")[1][2:]
-        y = einsum_int8(self.eq, rest.reshape(x.shape), self.kernel)
+        y = einsum_int8(self.eq, rest.reshape(x.shape), self.kernel, axes=self.axes)
         y = y + einsum(f"bti,{outer}i->bt{outer}", few, self.outliers)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 

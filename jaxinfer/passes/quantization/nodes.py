@@ -18,7 +18,7 @@ class DynamicLinear(Linear):
     group: int | None = nnx.static(default=None, kw_only=True)  # inputs of a token that share a scale; None: all
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        y = einsum_int8(self.eq, x, self.kernel, self.group)
+        y = einsum_int8(self.eq, x, self.kernel, self.group, axes=self.axes)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
@@ -29,7 +29,7 @@ class DynamicEmbedding(Embedding):
     group: int | None = nnx.static(default=None, kw_only=True)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return einsum_int8("btd,vd->btv", x, self.table, self.group)
+        return einsum_int8("btd,vd->btv", x, self.table, self.group, axes=self.axes)
 
 
 @nnx.dataclass
@@ -37,7 +37,7 @@ class DynamicInt4Linear(Linear):
     """A linear map of 4-bit weights and int8 activations, with scales for each run of 32 of a token's inputs."""
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        y = einsum_int4_int8(self.eq, x, self.kernel)
+        y = einsum_int4_int8(self.eq, x, self.kernel, axes=self.axes)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 

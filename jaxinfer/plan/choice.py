@@ -1,0 +1,47 @@
+"""A mesh and a batch for a model on a machine, by predicted tokens a second and chip."""
+
+import dataclasses
+
+from jaxinfer.errors import InputError
+from jaxinfer.plan.planning import Plan, plan, tokens_per_second
+from jaxinfer.plan.request import Request
+from jaxinfer.plan.topology import parse_topology
+
+_ROOM = 0.9  # of memory for weights and cache by their shapes; the rest for what the compiler adds
+
+
+def best(request: Request, most_rows: int = 64) -> Request | None:
+    """Return the request with the mesh and batch of the most tokens a second and chip; None where none fits.
+
+    The model is divided over a power of two of devices, up to 64, or over all; `most_rows` bounds the rows of each
+    such group. From shapes alone.
+    """
+    devices = parse_topology(request.topology).devices
+    found: tuple[float, Request] | None = None
+    for ways in (1 << i for i in range(7)):
+        if devices % ways:
+            continue
+        mesh = f"data={devices // ways},model={ways}" if devices > ways else f"model={ways}"
+        asked = dataclasses.replace(request, mesh=mesh, rules="tensor", batch=most_rows * devices // ways)
+        asked = _fitting(asked, most_rows)
+        rate = None if asked is None else tokens_per_second(_guess(asked))
+        if rate is not None and (found is None or rate > found[0]):
+            found = rate, asked
+    return None if found is None else found[1]
+
+
+def _fitting(request: Request, rows: int) -> Request | None:
+    """Return the request with the most rows, of a power of two for each group and up to `rows`, that fit."""
+    try:
+        memory = _guess(request).memory
+    except InputError:
+        return None
+    room = (_ROOM * memory.usable - memory.weights) / (memory.cache / rows)
+    if room < 1:
+        return None
+    fit = min(rows, 1 << (int(room).bit_length() - 1))
+    return dataclasses.replace(request, batch=request.batch // rows * fit)
+
+
+def _guess(request: Request) -> Plan:
+    return plan(dataclasses.replace(request, phases=("decode",)), compiling=False)

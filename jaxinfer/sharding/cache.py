@@ -1,0 +1,90 @@
+"""A layer's cache that is divided over devices by rows and heads: each works on its own, and reads nobody else's."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+Axes = tuple[str, ...]
+
+
+@nnx.dataclass
+class DividedLayer(nnx.Module):
+    """Any layer cache under `shard_map`: what it holds is `[B, K, ...]`, and rows and heads never read one another.
+
+    So a cache needs no code for a mesh, kernels run on what a device has, and nothing of it is ever moved.
+    """
+
+    inner: Any = nnx.data()
+    mesh: AbstractMesh = nnx.static(kw_only=True)
+    rows: Axes = nnx.static(kw_only=True)  # axes of the mesh that divide the batch
+    heads: Axes = nnx.static(kw_only=True)  # that divide key heads, and with them the query heads that read them
+
+    @property
+    def exact_rewind(self) -> int | None:
+        """What the cache inside has."""
+        return self.inner.exact_rewind
+
+    def append(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        start: Int[Array, "B"],
+        counts: Int[Array, "B"],
+    ) -> "DividedLayer":
+        """Append on every device the rows and heads that are its own."""
+        return self._around(self._everywhere("append", k, v, start, counts)[1])
+
+    def attend(
+        self, q: Float[Array, "B T N H"], positions: Int[Array, "B T"], **options: Any
+    ) -> tuple[Float[Array, "B T N H"], "DividedLayer"]:
+        """Attend on every device with the query heads that read its own."""
+        y, inner = self._everywhere("attend", q, positions, **options)
+        return y, self._around(inner)
+
+    def rewind(self, length: Int[Array, "B"]) -> "DividedLayer":
+        """Rewind on every device."""
+        return self._around(self._everywhere("rewind", length)[1])
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "DividedLayer":
+        """Keep on every device the nodes of its rows."""
+        return self._around(self._everywhere("keep", start, nodes, counts)[1])
+
+    def _around(self, inner: Any) -> "DividedLayer":
+        return DividedLayer(inner, mesh=self.mesh, rows=self.rows, heads=self.heads)
+
+    def _everywhere(self, method: str, *given: Array, **options: Any) -> tuple[Any, Any]:
+        """Return what the cache's method gives where each device calls it with its part: an output or None, a cache."""
+        arrays = {name: x for name, x in options.items() if any(hasattr(leaf, "ndim") for leaf in jax.tree.leaves(x))}
+        fixed = {name: x for name, x in options.items() if name not in arrays}
+
+        def call(inner: Any, given: tuple, arrays: dict) -> tuple[Any, Any]:
+            out = getattr(inner, method)(*given, **arrays, **fixed)
+            return out if isinstance(out, tuple) else (None, out)
+
+        y, inner = jax.eval_shape(call, self.inner, given, arrays)
+        held, passed = (lambda tree: jax.tree.map(self._held, tree)), (lambda tree: jax.tree.map(self._passed, tree))
+        asked = {name: jax.tree.map(lambda _, x=x: self._asked(x), x) for name, x in arrays.items()}
+        divided = jax.shard_map(
+            call,
+            mesh=self.mesh,
+            in_specs=(held(self.inner), passed(given), asked),
+            out_specs=(passed(y), held(inner)),
+            check_vma=False,
+        )
+        return divided(self.inner, given, arrays)
+
+    def _held(self, x: Any) -> PartitionSpec:
+        """Return how an array of the cache lies: `[B, K, ...]`, or `[B]`."""
+        return PartitionSpec(*(self.rows, self.heads)[: x.ndim])
+
+    def _asked(self, option: Any) -> PartitionSpec:
+        """Return how an option lies: a tree of tokens is `[T, T]`, one for all rows, or `[B, T, T]`, one a row."""
+        each = max(leaf.ndim for leaf in jax.tree.leaves(option)) > 2
+        return PartitionSpec(self.rows) if each else PartitionSpec()
+
+    def _passed(self, x: Any) -> PartitionSpec:
+        """Return how what goes in and out lies: `[B, T, heads, H]`, or `[B, ...]`."""
+        return PartitionSpec(self.rows, None, self.heads) if x.ndim == 4 else PartitionSpec(self.rows)

@@ -1,0 +1,50 @@
+"""A model on a mesh: the one given, traced for its mesh, with a cache that is divided from the start."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, DTypeLike, Float
+
+from jaxinfer.cache.base import Cache
+from jaxinfer.models.transformer import Transformer
+from jaxinfer.ops.placement import Rules, first_entry, placed
+from jaxinfer.sharding.cache import DividedLayer
+from jaxinfer.sharding.specs import cache_shardings
+
+
+@nnx.dataclass
+class ShardedTransformer(Transformer):
+    """A Transformer whose arrays lie on a mesh; activations follow, and its caches are made where they are to be."""
+
+    mesh: Mesh = nnx.static(kw_only=True)
+    rules: Rules = nnx.static(kw_only=True)
+
+    def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
+        """Return an empty cache whose rows and heads are divided over the mesh; see `Transformer.init_cache`."""
+        cache = super().init_cache(batch, slots, dtype)
+        rows = self._row_axes(batch)
+        heads = self.rules.mesh_axes("kv_heads", self.mesh.shape)
+        fields = dict(mesh=self.mesh.abstract_mesh, rows=rows, heads=heads)
+        return self._constrain(Cache(cache.length, [DividedLayer(layer, **fields) for layer in cache.layers]))
+
+    def __call__(self, tokens: Array, cache: Cache, *args: Any, **options: Any) -> tuple[Array, Cache]:
+        """Return what the model returns, traced for the mesh; see `Transformer.__call__`."""
+        with placed(self.mesh, self.rules):
+            hidden, cache = super().__call__(tokens, cache, *args, **options)
+        return self._put(hidden, self._row_axes(len(tokens))), self._constrain(cache)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Return next-token scores in float32; the vocabulary is divided as the table is."""
+        with placed(self.mesh, self.rules):
+            return super().logits(hidden)
+
+    def _row_axes(self, batch: int) -> tuple[str, ...]:
+        return first_entry(self.rules.spec(("batch",), (batch,), self.mesh.shape))
+
+    def _constrain(self, cache: Cache) -> Cache:
+        return jax.lax.with_sharding_constraint(cache, cache_shardings(cache, self.mesh, self.rules))
+
+    def _put(self, x: Array, *spec: Any) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))

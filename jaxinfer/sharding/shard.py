@@ -1,0 +1,118 @@
+"""The pass that puts a program on a mesh: what it computes stays, and `generate`, `Session` and the rest run it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxinfer.errors import InputError, nearest
+from jaxinfer.models.moe import MoE
+from jaxinfer.models.transformer import Transformer
+from jaxinfer.ops.placement import Rules
+from jaxinfer.program import Program
+from jaxinfer.sharding.experts import DividedMoE
+from jaxinfer.sharding.fitting import fit
+from jaxinfer.sharding.mesh import make_mesh, parse_mesh
+from jaxinfer.sharding.model import ShardedTransformer
+from jaxinfer.sharding.rules import DEFAULT, RULES
+from jaxinfer.sharding.specs import model_shardings, model_specs
+from jaxinfer.tree import rewrite, select
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The pass that `shard` returns."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def __call__(self, program: Program) -> Program:
+        """Return the program on the mesh.
+
+        Raises:
+            InputError: a size that the mesh does not divide, with a mesh that fits.
+        """
+        decoder = program.decoder
+        if select(decoder, Transformer):
+            decoder = rewrite(decoder, Transformer, ".*", lambda model: _put_draft(model, self.mesh, self.rules))
+        return program.replace(model=put(program.model, self.mesh, self.rules), decoder=decoder)
+
+    def shapes(self, model: Any) -> Any:
+        """Return a tree of shapes with the sharding of each leaf, as it is: what the mesh does not divide is whole."""
+        specs = model_specs(model, dict(self.mesh.shape), self.rules)
+        leaves = [put_leaf(x, NamedSharding(self.mesh, s)) for x, s in zip(jax.tree.leaves(model), specs, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Shard:
+    """Return the pass that puts a program on a mesh, or on that of "data=2,model=4", by the rules of a name.
+
+    Apply it last. The arrays of the model, and of a drafter's model, go to their devices; a tree of shapes gets the
+    shardings. A drafter's model that the mesh does not divide lies whole on every device.
+
+    Raises:
+        InputError: a mesh or rules that are not there.
+    """
+    mesh = make_mesh(parse_mesh(mesh)) if isinstance(mesh, str) else mesh
+    return Shard(mesh, find_rules(rules) if isinstance(rules, str) else rules)
+
+
+def settle(program: Program) -> Program:
+    """Return a program on a mesh with every array where its rules say, after a pass; any other one as it is."""
+    model = program.model
+    return Shard(model.mesh, model.rules)(program) if isinstance(model, ShardedTransformer) else program
+
+
+def find_rules(name: str) -> Rules:
+    """Return the rules of a name.
+
+    Raises:
+        InputError: there are none of that name.
+    """
+    if name not in RULES:
+        raise InputError(f"no rules {name!r}: {nearest(name, RULES)}")
+    return RULES[name]
+
+
+def put(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
+    """Return the model on the mesh, in the form that the mesh divides."""
+    fields = {name: getattr(model, name) for name in Transformer.__dataclass_fields__}
+    model = ShardedTransformer(**{**fields, "mesh": mesh, "rules": rules})
+    model = jax.tree.map(_in_host_memory, model)
+    model = fit(model, mesh, rules)
+    if select(model, MoE):
+        model = rewrite(model, MoE, ".*", _divide_experts)
+    return jax.tree.map(put_leaf, model, model_shardings(model, mesh, rules))
+
+
+def put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
+    """Return an array where the sharding says, or a shape that says so too."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if sharding.is_fully_addressable or isinstance(leaf, jax.core.Tracer):
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)  # from where it lies on the devices of all processes
+    host = np.asarray(leaf)  # each process gives what its own devices hold
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _in_host_memory(leaf: Any) -> Any:
+    """Return the array of a CPU as numpy sees it: to cut that takes no copy and no compiled function."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or len(leaf.sharding.device_set) > 1:
+        return leaf
+    return np.asarray(leaf) if leaf.sharding.device_set.pop().platform == "cpu" else leaf
+
+
+def _divide_experts(node: MoE) -> DividedMoE:
+    return DividedMoE(**{name: getattr(node, name) for name in MoE.__dataclass_fields__})
+
+
+def _put_draft(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
+    try:
+        return put(model, mesh, rules)
+    except InputError:
+        rows = tuple(entry for entry in rules.table if entry[0] == "batch")
+        return put(model, mesh, Rules("draft", rows))

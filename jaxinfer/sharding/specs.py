@@ -1,0 +1,84 @@
+"""The sharding of every leaf of a model or a cache, from the logical names of its axes: no leaf has code of its own."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.ops.placement import Rules
+from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, is_quantized
+from jaxinfer.sharding.fitting import check_fits
+from jaxinfer.sharding.names import names_of, owner
+from jaxinfer.tree import path_of
+
+
+def model_shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+    """Return the model's tree with a NamedSharding for each leaf; shapes are enough.
+
+    A kernel's axes have their names on its node. Scales, offsets, packed values and whatever else a pass keeps beside
+    it get the names of the axes that they share, by their shapes; what shares none lies whole on every device.
+
+    Raises:
+        InputError: a size that must be divided is not, or the layout is one that can't be; see `fitting.fit`.
+    """
+    check_fits(model, mesh, rules)
+    specs = model_specs(model, dict(mesh.shape), rules)
+    return jax.tree.unflatten(jax.tree.structure(model), [NamedSharding(mesh, spec) for spec in specs])
+
+
+def model_specs(model: Any, sizes: Mapping[str, int], rules: Rules) -> list[PartitionSpec]:
+    """Return the spec of each leaf, in the order of `jax.tree.leaves`."""
+    specs = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)[0]:
+        node, field = owner(model, keys)
+        for part, divided in _parts(leaf):
+            names = (None,) * len(divided) if node is None else names_of(node, field, part.shape)
+            specs.append(rules.spec(names, divided, sizes))
+    return specs
+
+
+def sharding_of(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Callable[[str, Any], NamedSharding]:
+    """Return where `checkpoint.assemble` is to put an array, by its leaf's path and its shape.
+
+    The model need not fit the mesh: what is not divided is whole, until `shard` has made it fit.
+    """
+    whole = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)[0]
+    parts = [(path_of(keys), part.shape) for keys, leaf in whole for part in jax.tree.leaves(leaf)]
+    specs = dict(zip(parts, model_specs(model, dict(mesh.shape), rules), strict=True))
+    return lambda path, shape: NamedSharding(mesh, specs[path, shape.shape])
+
+
+def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+    """Return the cache's tree with a NamedSharding for each leaf; shapes are enough.
+
+    Every array of a cache is `[B, K, ...]`, or `[B]`: rows, then heads (or the runs of channels of a head).
+    """
+    sizes = dict(mesh.shape)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, cache_spec(leaf.shape, sizes, rules)), cache)
+
+
+def cache_spec(shape: Sequence[int], sizes: Mapping[str, int], rules: Rules) -> PartitionSpec:
+    """Return how one array of a cache lies."""
+    names = ("batch", "kv_heads")[: len(shape)]
+    return rules.spec((*names, *(None for _ in shape[len(names) :])), shape, sizes)
+
+
+def shard_bytes(tree: Any, shardings: Any) -> int:
+    """Return the bytes that a device holds of a tree that lies so."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
+
+
+def _parts(leaf: Any) -> list[tuple[Any, tuple[int, ...]]]:
+    """Return the arrays of a leaf, and for each the sizes that must be divided.
+
+    Nibbles are packed by runs, and a run stays whole: it counts as one.
+    """
+    if not (isinstance(leaf, Packed) and leaf.qtype in FOUR_BIT):
+        return [(part, part.shape) for part in jax.tree.leaves(leaf)]
+    last = leaf.values.shape[-1]
+    runs = last // (RUN // 2) if 2 * last % RUN == 0 else 1
+    packed = (leaf.values, (*leaf.values.shape[:-1], runs))
+    return [packed, *((part, part.shape) for part in (leaf.scale, leaf.offset) if part is not None)]

@@ -1,0 +1,87 @@
+"""Which model runs on which TPU slice, planned without a TPU: the table of the README.
+
+    python scripts/plan_matrix.py --out runs/matrix [--models A,B] [--passes bf16,int8,int4] [--topologies A,B]
+    python scripts/plan_matrix.py --markdown --out runs/matrix
+
+Each cell gets the mesh and batch (up to 64 rows for each copy of the model, of 8,192 tokens each) that predict the most
+tokens a second and chip, and its decode step is compiled with libtpu. Lines are written as they are done; a killed run
+goes on, and cells that are there are not done again. A cell that does not fit or does not compile says why.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jaxinfer.plan import choice, sweep
+from jaxinfer.plan.request import Request
+
+MODELS = ("llama3-8b", "llama3-70b", "llama3-405b", "qwen3-30b-a3b", "qwen3-235b-a22b")
+PASSES = {"bf16": (), "int8": ("int8",), "int4": ("int4", "kv_int8")}
+TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8", "v6e:16x16", "tpu7x:4x4x4")
+NAMES = {"bf16": "bf16", "int8": "int8", "int4": "int4 + kv_int8"}
+CONTEXT = 8192
+
+
+def requests(models: list[str], passes: list[str], topologies: list[str]) -> list[Request]:
+    """Return a request for each cell, cheapest to compile first; of what fits no mesh, one that says by how much."""
+    found = []
+    for name in passes:
+        for model in models:
+            for topology in topologies:
+                asked = Request(
+                    model=model, topology=topology, passes=PASSES[name], context=CONTEXT, phases=("decode",)
+                )
+                print(f"mesh of {model} {name} {topology} ...", file=sys.stderr, flush=True)
+                found.append(choice.best(asked) or asked)
+    return found
+
+
+def markdown(rows: list[sweep.Row], models: list[str], passes: list[str], topologies: list[str]) -> str:
+    """Return the table: a line a model and its passes, a column a slice."""
+    by_cell = {(r["request"]["model"], tuple(r["request"]["passes"]), r["request"]["topology"]): r for r in rows}
+    out = ["| model | weights | " + " | ".join(topologies) + " |", "|---|---|" + "---|" * len(topologies)]
+    for model in models:
+        for name in passes:
+            cells = [_cell(by_cell.get((model, PASSES[name], topology))) for topology in topologies]
+            out.append(f"| {model} | {NAMES[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def _cell(row: sweep.Row | None) -> str:
+    if row is None:
+        return "not run"
+    if reason := sweep.why_not(row):
+        return reason
+    memory, decode = row["memory"], row["phases"]["decode"]
+    ways = row["devices"] * decode["rows"] // row["batch"]
+    per_copy = row["mesh"].rpartition("model=")[2] or ways
+    rate, step = row["tokens_per_second_per_chip"], 1e3 * decode["times"]["step"]
+    return f"{rate:.0f} tok/s, {step:.1f} ms, {memory['total'] / 1e9:.1f} GB; model={per_copy}, batch {row['batch']}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Plan the cells that are missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--passes", default=",".join(PASSES))
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
+    parser.add_argument("--shapes-only", action="store_true", help="compile nothing: estimates")
+    parser.add_argument("--markdown", action="store_true", help="only print the table of what --out has")
+    args = parser.parse_args(argv)
+    chosen = [text.split(",") for text in (args.models, args.passes, args.topologies)]
+    if args.markdown:
+        rows = sweep.rows_of(args.out)
+    else:
+        from tqdm import tqdm
+
+        rows = sweep.run(
+            requests(*chosen), args.out, compiling=not args.shapes_only, wrap=lambda left: tqdm(left, unit="cell")
+        )
+    print(markdown(rows, *chosen))
+
+
+if __name__ == "__main__":
+    main()

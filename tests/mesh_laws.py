@@ -1,0 +1,127 @@
+"""Run every pass and decoder on eight simulated devices, and print how far each is from one device."""
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from models import random_program, tiny_config, tiny_moe
+
+import jaxinfer as ji
+from jaxinfer.passes import apply
+from jaxinfer.passes.calibration import Calibration
+from jaxinfer.passes.layout import apply_layouts
+from jaxinfer.program import Program
+from jaxinfer.sharding.shard import shard
+from jaxinfer.tree import leaves
+
+MESHES = {"dense": ("data=2,model=4", "fsdp=8", "fsdp=2,model=4"), "experts": ("data=2,expert=4", "expert=2,model=4")}
+BATCH, SLOTS, CHUNK = 4, 64, 8
+OPTIONS = {"kv_int4": {"group": 8, "residual": 8}}  # so that some groups of a short text are packed
+SHAPE = dict(num_layers=1, embed_dim=64, mlp_dim=128, num_heads=8, head_dim=16, windows=(), qkv_bias=True)
+
+
+@functools.cache
+def base(kind: str) -> Program:
+    """Return a program of one layer; the dense one as it is loaded, with fused projections, and too few key heads."""
+    if kind == "experts":
+        moe = tiny_moe(num_experts=8, expert_dim=32, layers=(0,))
+        return random_program(tiny_config(**SHAPE, num_kv_heads=4, moe=moe))
+    program = random_program(tiny_config(**SHAPE, num_kv_heads=2, tie_embeddings=False))
+    model = apply_layouts(program.model, ("fused", "long_last"))
+    return program.replace(model=model, layouts=("fused", "long_last"))
+
+
+@functools.cache
+def calibration(kind: str) -> Calibration:
+    """Return text for the passes that look at one."""
+    return Calibration.of(base(kind), (np.arange(64) * 7 % 96).tolist(), window=32)
+
+
+@jax.jit
+def run(model: Any, tokens: jax.Array, counts: jax.Array, keep: jax.Array) -> tuple[jax.Array, Any]:
+    """Return the logits of chunk after chunk, the cache cut to keep[i] tokens before each, and the last cache."""
+
+    def step(cache, fed):
+        tokens, counts, keep = fed
+        hidden, cache = model(tokens, cache.rewind(keep), counts)
+        return cache, model.logits(hidden)
+
+    cache, logits = jax.lax.scan(step, model.init_cache(BATCH, SLOTS), (tokens, counts, keep))
+    return logits, cache
+
+
+def logits(program: Program) -> tuple[np.ndarray, Any]:
+    """Return the logits of a ragged text in six chunks, of which one takes the place of two before it."""
+    tokens = (np.arange(6 * BATCH * CHUNK) * 11 % 96).reshape(6, BATCH, CHUNK).astype(np.int32)
+    counts = np.full((6, BATCH), CHUNK, np.int32)
+    counts[1], counts[4] = (8, 3, 0, 1), (1, 1, 1, 0)
+    keep = np.full((6, BATCH), SLOTS, np.int32)
+    keep[3] = 8
+    found, cache = run(program.model, tokens, counts, keep)
+    real = np.arange(CHUNK) < counts[:, :, None]
+    return np.where(real[..., None], found, 0), cache
+
+
+def on_meshes(kind: str, name: str, program: Program) -> Iterator[dict]:
+    """Yield a line a mesh: the largest and the median difference of logits, and how the arrays lie."""
+    want, _ = logits(program)
+    for mesh in MESHES[kind]:
+        placed = shard(mesh)(program)
+        got, cache = logits(placed)
+        error = np.abs(got - want) / np.abs(want).max()
+        weights = {path: leaf for path, leaf in leaves(placed.model).items() if leaf.ndim > 1}
+        yield {
+            "kind": kind, "name": name, "mesh": mesh, "largest": float(error.max()), "median": float(np.median(error)),
+            "whole": [path for path, leaf in weights.items() if leaf.sharding.is_fully_replicated],
+            "bytes": sum(leaf.nbytes for leaf in weights.values()),
+            "device_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in weights.values()),
+            "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)),
+            "cache_device_bytes": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(cache.layers)),
+        }  # fmt: skip
+
+
+def decoders() -> Iterator[dict]:
+    """Yield a line a decoder and mesh: whether the tokens are those of one device; and of perplexity and logits."""
+    program = base("dense")
+    draft = random_program(tiny_config(num_layers=1, windows=(), num_heads=3, num_kv_heads=1), seed=5)
+    rows = [[5, 6, 7, 5, 6, 7, 5, 6], [1, 2, 3], [9] * 5, [4, 8, 15, 16, 23, 42]]
+    sampled = dict(temperature=0.9, top_k=20, repetition_penalty=1.1)
+    of = {
+        "greedy": (program, {}),
+        "sampled": (program, sampled),
+        "ngram": (ji.speculative(program), {}),
+        "draft": (ji.speculative(program, draft, length=2), {}),
+    }
+    ids = (np.arange(300) * 5 % 96).tolist()
+    for name, (one, options) in of.items():
+        want = ji.generate(one, rows, max_new_tokens=8, **options)
+        for mesh in MESHES["dense"][: 1 if options else 3]:
+            many = shard(mesh)(one)
+            got = ji.generate(many, rows, max_new_tokens=8, **options)
+            yield {"decoder": name, "mesh": mesh, "same": bool((got.tokens == want.tokens).all())}
+    values = [ji.perplexity(p, ids, 64, batch_size=2) for p in (program, shard(MESHES["dense"][0])(program))]
+    yield {"perplexity": values}
+
+
+def main() -> None:
+    """Print lines of the passes, and of the decoders, that are named."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    names = sys.argv[1:]
+    for kind in MESHES:
+        for name in (n for n in names if n != "decoders"):
+            if kind == "experts" and name not in ("none", "int4", "w8a8"):
+                continue
+            spec = () if name == "none" else ((name, OPTIONS.get(name, {})),)
+            for line in on_meshes(kind, name, apply(base(kind), *spec, calibration=calibration(kind))):
+                print(json.dumps(line), flush=True)
+    if "decoders" in names:
+        for line in decoders():
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

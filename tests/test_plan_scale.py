@@ -1,0 +1,74 @@
+"""The cost model beyond what is compiled: choosing a mesh, growing machines, and the scripts around both."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_plan import hf_config
+
+from jaxinfer.errors import InputError
+from jaxinfer.plan import choice, scaling, sweep
+from jaxinfer.plan.planning import plan, tokens_per_second
+from jaxinfer.plan.request import Request
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+
+def wide(folder) -> Request:
+    """Return a request for two layers of a wide model, 8 GB of them."""
+    sizes = dict(hidden_size=8192, intermediate_size=65_536, num_hidden_layers=2, num_attention_heads=64)
+    sizes |= dict(num_key_value_heads=8, head_dim=128, max_position_embeddings=8192)
+    (folder / "config.json").write_text(json.dumps(hf_config(**sizes)))
+    return Request(model=str(folder), topology="v5p:4x4x4", batch=1024, context=2048, phases=("decode",))
+
+
+def test_the_mesh_that_is_chosen_is_the_best_of_those_that_fit(tmp_path):
+    asked = dataclasses.replace(wide(tmp_path), topology="v5e:2x4")
+    chosen = choice.best(asked, most_rows=16)
+    rates = {}
+    for ways in (1, 2, 4, 8):
+        mesh = f"data={8 // ways},model={ways}" if ways < 8 else "model=8"
+        found = plan(dataclasses.replace(asked, mesh=mesh, rules="tensor", batch=16 * 8 // ways), compiling=False)
+        if found.memory.total <= 0.9 * found.memory.usable:
+            rates[mesh] = tokens_per_second(found)
+    assert chosen.mesh == max(rates, key=rates.get)
+    assert choice.best(dataclasses.replace(asked, topology="v5e:1x1")) is None or chosen.batch >= 16
+
+
+def test_strategies_stop_scaling_where_their_step_is_network(tmp_path):
+    chips = (64, 256, 1024, 16_384)
+    points = scaling.scale(wide(tmp_path), "v5p", {"narrow": {"model": 4}, "wide": {"model": 64}}, chips)
+    narrow, broad = ([p for p in points if p.strategy == name] for name in ("narrow", "wide"))
+    assert [p.chips for p in narrow] == list(chips)
+    assert narrow[0].step > narrow[1].step > narrow[2].step  # fewer rows of each copy
+    assert "copies" in narrow[3].why and narrow[3].step is None  # more copies than rows
+    assert all(b.network > n.network for b, n in zip(broad[:2], narrow[:2], strict=True))
+    assert (broad[3].slices, broad[3].mesh) == (2, "data=128,model=64")
+    assert scaling.stops(points)["narrow"] < 16_384
+    scaling.plot(points, tmp_path / "scale.png", "test")
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="multiple of 64"):
+        scaling.scale(wide(tmp_path), "v5p", {"narrow": {"model": 4}}, (96 + 1,))
+
+
+def test_the_matrix_says_why_a_cell_is_not_there(tmp_path, capsys):
+    matrix = importlib.import_module("plan_matrix")
+    asked = wide(tmp_path)
+    out = tmp_path / "matrix"
+    command = ["--out", str(out), "--models", asked.model, "--passes", "bf16,int8", "--topologies", "v5e:1x1,v5e:4x4"]
+    matrix.main([*command, "--shapes-only"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if asked.model in line]
+    assert len(lines) == 2 and "tok/s" in lines[0] and len(sweep.rows_of(out)) == 4
+    assert matrix._cell(None) == "not run"
+    matrix.main([*command, "--markdown"])
+    assert [line for line in capsys.readouterr().out.splitlines() if asked.model in line] == lines
+
+
+def test_published_products_are_predicted_within_a_fifth():
+    accuracy = importlib.import_module("plan_accuracy")
+    assert all(0.8 < claim.ratio < 1.05 for claim in accuracy.products())
+    served = next(accuracy.servers())
+    assert "llama3-8b bf16" in served.what and 0.65 < served.ratio < 1  # it serves prompts too
