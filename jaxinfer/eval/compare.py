@@ -23,7 +23,7 @@ from jaxinfer.generation import tokenizer_of
 from jaxinfer.passes import apply, parse
 from jaxinfer.program import Program
 from jaxinfer.sharding.mesh import show_mesh
-from jaxinfer.sharding.model import ShardedTransformer
+from jaxinfer.sharding.model import OnMesh
 
 _DEFAULTS = Settings()
 _PACKAGES = ("jaxinfer", "jax", "jaxlib")
@@ -127,7 +127,7 @@ class _Run:
             "data": {task: _hash(rows) for task, rows in {**texts, **self.data}.items()},
             "calibration": None if calibration is None else _hash(np.asarray(calibration).tolist()),
             **dataclasses.asdict(self.options),
-            **({"mesh": show_mesh(model.mesh.shape)} if isinstance(model, ShardedTransformer) else {}),
+            **({"mesh": show_mesh(model.mesh.shape)} if isinstance(model, OnMesh) else {}),
             "device": roofline.device_name(),
             "versions": {"python": platform.python_version()} | {p: sys.modules[p].__version__ for p in _PACKAGES},
         }

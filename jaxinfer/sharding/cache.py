@@ -52,6 +52,14 @@ class DividedLayer(nnx.Module):
         """Keep on every device the nodes of its rows."""
         return self._around(self._everywhere("keep", start, nodes, counts)[1])
 
+    def take(self, rows: Int[Array, "n"]) -> "DividedLayer":
+        """Copy rows, wherever they lie."""
+        return self._around(self.inner.take(rows))
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "DividedLayer":
+        """Copy rows, wherever they lie."""
+        return self._around(self.inner.fork(rows, length, room))
+
     def _around(self, inner: Any) -> "DividedLayer":
         return DividedLayer(inner, mesh=self.mesh, rows=self.rows, heads=self.heads)
 

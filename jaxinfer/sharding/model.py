@@ -1,5 +1,6 @@
 """A model on a mesh: the one given, traced for its mesh, with a cache that is divided from the start."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,18 +9,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.cache.base import Cache
-from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.placement import Rules, first_entry, placed
 from jaxinfer.sharding.cache import DividedLayer
 from jaxinfer.sharding.specs import cache_shardings
 
 
-@nnx.dataclass
-class ShardedTransformer(Transformer):
-    """A Transformer whose arrays lie on a mesh; activations follow, and its caches are made where they are to be."""
+class OnMesh:
+    """What a model of any kind needs to lie on a mesh; activations follow, its caches are made where they are to be."""
 
-    mesh: Mesh = nnx.static(kw_only=True)
-    rules: Rules = nnx.static(kw_only=True)
+    mesh: Mesh
+    rules: Rules
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
         """Return an empty cache whose rows and heads are divided over the mesh; see `Transformer.init_cache`."""
@@ -35,6 +34,12 @@ class ShardedTransformer(Transformer):
             hidden, cache = super().__call__(tokens, cache, *args, **options)
         return self._put(hidden, self._row_axes(len(tokens))), self._constrain(cache)
 
+    def run_layers(self, x: Array, cache: Cache, *args: Any, **options: Any) -> tuple[Array, Cache, list[Array]]:
+        """Return what the model returns, traced for the mesh; see `Transformer.run_layers`."""
+        with placed(self.mesh, self.rules):
+            x, cache, found = super().run_layers(x, cache, *args, **options)
+        return self._put(x, self._row_axes(len(x))), self._constrain(cache), found
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return next-token scores in float32; the vocabulary is divided as the table is."""
         with placed(self.mesh, self.rules):
@@ -48,3 +53,17 @@ class ShardedTransformer(Transformer):
 
     def _put(self, x: Array, *spec: Any) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+
+@functools.cache
+def on_mesh(kind: type) -> type:
+    """Return the kind of model that a Transformer, or a subclass of it as a pass makes one, is on a mesh."""
+    if issubclass(kind, OnMesh):
+        return kind
+    fields = {"mesh": nnx.static(kw_only=True), "rules": nnx.static(kw_only=True)}
+    about = {
+        "__module__": __name__,
+        "__doc__": f"{kind.__name__} on a mesh.",
+        "__annotations__": {"mesh": Mesh, "rules": Rules},
+    }
+    return nnx.dataclass(type(f"Sharded{kind.__name__}", (OnMesh, kind), {**fields, **about}))

@@ -7,15 +7,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxinfer.cache.paged import Paged
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.moe import MoE
-from jaxinfer.models.transformer import Transformer
+from jaxinfer.models.transformer import Attention, Transformer
 from jaxinfer.ops.placement import Rules
 from jaxinfer.program import Program
 from jaxinfer.sharding.experts import DividedMoE
 from jaxinfer.sharding.fitting import fit
 from jaxinfer.sharding.mesh import make_mesh, parse_mesh
-from jaxinfer.sharding.model import ShardedTransformer
+from jaxinfer.sharding.model import OnMesh, on_mesh
 from jaxinfer.sharding.rules import DEFAULT, RULES
 from jaxinfer.sharding.specs import model_shardings, model_specs
 from jaxinfer.tree import rewrite, select
@@ -62,7 +63,7 @@ def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Shard:
 def settle(program: Program) -> Program:
     """Return a program on a mesh with every array where its rules say, after a pass; any other one as it is."""
     model = program.model
-    return Shard(model.mesh, model.rules)(program) if isinstance(model, ShardedTransformer) else program
+    return Shard(model.mesh, model.rules)(program) if isinstance(model, OnMesh) else program
 
 
 def find_rules(name: str) -> Rules:
@@ -76,10 +77,12 @@ def find_rules(name: str) -> Rules:
     return RULES[name]
 
 
-def put(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
+def put(model: Transformer, mesh: Mesh, rules: Rules) -> Transformer:
     """Return the model on the mesh, in the form that the mesh divides."""
-    fields = {name: getattr(model, name) for name in Transformer.__dataclass_fields__}
-    model = ShardedTransformer(**{**fields, "mesh": mesh, "rules": rules})
+    if any(isinstance(node.cache, Paged) for node in select(model, Attention).values()):
+        raise InputError("kv_paged on a mesh: pages of all rows are one pool, which is not divided; leave it out")
+    fields = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
+    model = on_mesh(type(model))(**{**fields, "mesh": mesh, "rules": rules})
     model = jax.tree.map(_in_host_memory, model)
     model = fit(model, mesh, rules)
     if select(model, MoE):
@@ -110,7 +113,7 @@ def _divide_experts(node: MoE) -> DividedMoE:
     return DividedMoE(**{name: getattr(node, name) for name in MoE.__dataclass_fields__})
 
 
-def _put_draft(model: Transformer, mesh: Mesh, rules: Rules) -> ShardedTransformer:
+def _put_draft(model: Transformer, mesh: Mesh, rules: Rules) -> Transformer:
     try:
         return put(model, mesh, rules)
     except InputError:
