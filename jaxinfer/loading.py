@@ -116,7 +116,7 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
         InputError: the directory exists, or the disk is full; nothing is left behind.
     """
     metadata = {
-        "config": config_to_dict(program.config),
+        "config": config_to_dict(program.built or program.config),  # on which the passes are applied again
         "dtype": str(program.model.embed.table.dtype),
         "layouts": list(program.layouts),
         "blocks": dict(program.blocks),
