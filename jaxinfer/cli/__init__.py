@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 import jaxinfer
-from jaxinfer.cli import apply, chat, compare, evaluate, generate, info, interrupt, passes
+from jaxinfer.cli import apply, chat, compare, evaluate, exits, generate, info, interrupt, passes, search_skips
 from jaxinfer.errors import InputError
 
 _INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
@@ -20,6 +20,8 @@ _COMMANDS = {
     "passes": passes,
     "apply": apply,
     "compare": compare,
+    "exits": exits,
+    "search-skips": search_skips,
 }
 _EPILOG = "jaxinfer COMMAND --help tells a command's options"
 

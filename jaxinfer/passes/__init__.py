@@ -15,6 +15,7 @@ from typing import Any
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.passes.base import Calibrated, Technique, option_fields
 from jaxinfer.passes.depth.early_exit import EarlyExits
+from jaxinfer.passes.depth.skip_decode import SkipDecode
 from jaxinfer.passes.depth.skip_layers import SkipLayers
 from jaxinfer.passes.kv_cache.fp8 import KVFP8
 from jaxinfer.passes.kv_cache.int8 import KVInt8
@@ -53,6 +54,7 @@ PASSES: dict[str, type[Technique]] = {
     "kv_int4": KVInt4,
     "skip_layers": SkipLayers,
     "early_exit": EarlyExits,
+    "skip_decode": SkipDecode,
 }
 Spec = str | tuple[str, Mapping[str, Any]] | Technique
 

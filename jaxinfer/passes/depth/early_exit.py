@@ -44,13 +44,13 @@ class EarlyExits(Technique):
         family="depth",
         paper="2207.07061",
         degenerate={"threshold": 1e9},
-        bound=0.5,
+        bound=1.5,
         changes="flops",
         conflicts={"early_exit": ROOT, "skip_decode": ROOT},
     )
     criterion: str = "gap"  # gap, entropy, saturation, patience or head
     threshold: float | None = None  # none: 0.9 for gap and entropy, 0.98 saturation, 3 patience, 0.5 head
-    first: int | None = None  # layers that every token runs; none: half of them
+    first: int | None = None  # layers that every token runs; none: three quarters of them
     every: int = 1  # layers from one exit to the next
     file: str = ""  # the head's weights: .npz with w [embed_dim] and b []
 
@@ -82,7 +82,7 @@ class EarlyExits(Technique):
     def transform(self, program: Program) -> Program:
         """Put the model's parts under a root that lets tokens leave."""
         model, L = program.model, len(program.model.layers)
-        first = max(1, L // 2) if self.first is None else self.first
+        first = max(1, 3 * L // 4) if self.first is None else self.first
         # Above an exit keys and values are wanted without queries.
         layers = [*model.layers[:first], *map(_apart, model.layers[first:])]
         parts = {name: getattr(model, name) for name in Transformer.__dataclass_fields__}

@@ -14,7 +14,6 @@ from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Block, Transformer
 from jaxinfer.ops.token_tree import TokenTree
 from jaxinfer.passes.depth.criteria import Seen
-from jaxinfer.tree import replace
 
 
 @nnx.dataclass
@@ -103,7 +102,8 @@ class EarlyExit(Transformer):
         positions = jnp.where(offset < counts[:, None], cache.length[:, None] + at, -1)
         gone = positions < 0
         tokens = Tokens(x, gone, self.criterion.start(x.shape[:2]), jnp.zeros_like(positions))
-        layers, found, head = list(cache.layers), [], replace(self, layers=[])
+        layers, found = list(cache.layers), []
+        head = EarlyExit(**{**{name: getattr(self, name) for name in EarlyExit.__dataclass_fields__}, "layers": []})
         for i, block in enumerate(self.layers):
             tokens, layers[i] = _run(
                 head, block, tokens, positions, layers[i], cache.length, counts, tree,
