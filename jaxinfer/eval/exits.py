@@ -107,7 +107,7 @@ def _measure(full: Program, program: Program, rows: Int[np.ndarray, "B n"], prom
     )
 
 
-def step_flops(program: Program, ran: Bool[np.ndarray, "layers"], context: int | np.integer) -> float:
+def step_flops(program: Program, ran: Bool[np.ndarray, "n"], context: int | np.integer) -> float:
     """Return the FLOPs of one row of a step after `context` tokens in which the layers `ran` were run.
 
     `2 * matrix entries + 4 N H tokens in sight` of a layer that ran; of another its key and value projections where

@@ -17,10 +17,28 @@ from jaxinfer.passes.depth.criteria import Seen
 
 
 @nnx.dataclass
-class Unread(nnx.Module):
-    """A layer's cache that takes keys and values and is not read: what would read it is never computed."""
+class Around(nnx.Module):
+    """A layer's cache around another one, for the time of one call."""
 
     inner: nnx.Module = nnx.data()
+
+    @property
+    def exact_rewind(self) -> int | None:
+        """What the cache inside has."""
+        return self.inner.exact_rewind
+
+    def rewind(self, length: Array) -> "Around":
+        """Rewind the cache inside."""
+        return type(self)(self.inner.rewind(length))
+
+    def keep(self, start: Array, nodes: Array, counts: Array) -> "Around":
+        """Keep a path in the cache inside."""
+        return type(self)(self.inner.keep(start, nodes, counts))
+
+
+@nnx.dataclass
+class Unread(Around):
+    """A layer's cache that takes keys and values and is not read: what would read it is never computed."""
 
     def append(self, k: Array, v: Array, start: Array, counts: Array) -> "Unread":
         """Append to the cache inside."""
@@ -32,10 +50,8 @@ class Unread(nnx.Module):
 
 
 @nnx.dataclass
-class Filled(nnx.Module):
+class Filled(Around):
     """A layer's cache that holds this chunk's keys and values already: they are not computed again."""
-
-    inner: nnx.Module = nnx.data()
 
     def append(self, k: Array, v: Array, start: Array, counts: Array) -> "Filled":
         """Nothing to do."""
