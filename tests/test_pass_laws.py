@@ -38,8 +38,8 @@ PAIRS = [
 def base(kind: str = "dense") -> Program:
     """Return a program whose sizes suit groups and rotations, with all that a layer may have."""
     shared = dict(embed_dim=64, mlp_dim=128, head_dim=16, windows=(), qkv_bias=True, tie_embeddings=False)
-    if kind in ("1", "2", "3"):  # layers; pairs are many, so they have few, and tied embeddings
-        return random_program(tiny_config(**{**shared, "num_layers": int(kind), "tie_embeddings": True}))
+    if kind in ("1", "2", "3"):  # layers: pairs are many, so they have few; tied where no token is to leave on the way
+        return random_program(tiny_config(**{**shared, "num_layers": int(kind), "tie_embeddings": kind == "1"}))
     return random_program(tiny_config(**shared, **({"moe": tiny_moe(expert_dim=32)} if kind == "experts" else {})))
 
 
