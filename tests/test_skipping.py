@@ -23,6 +23,7 @@ from jaxinfer.passes.depth.skip_decode import SkipDecode
 from jaxinfer.tree import replace
 
 TOKENS = (np.arange(96) * 7 % 96).tolist()
+SOME = np.array([TOKENS[:16]])
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def test_the_configuration_follows_the_layers(tmp_path):
     ji.save(after, tmp_path / "saved")
     again = ji.load(tmp_path / "saved")
     assert again.passes == after.passes and again.config == after.config
-    np.testing.assert_allclose(ji.logits(again, [TOKENS[:16]]), ji.logits(after, [TOKENS[:16]]), atol=1e-5)
+    np.testing.assert_allclose(ji.logits(again, SOME), ji.logits(after, SOME), atol=1e-5)
 
 
 def test_influence_is_nothing_where_a_layer_does_nothing():
@@ -57,7 +58,7 @@ def test_influence_is_nothing_where_a_layer_does_nothing():
     assert abs(influence[1]) < 1e-6 and min(influence[0], influence[2]) > 0.01
     out = ji.apply(lazy, "skip_layers:count=1", calibration=text)
     assert dict(out.passes)["skip_layers"]["layers"] == (1,)
-    np.testing.assert_allclose(ji.logits(out, [TOKENS[:16]]), ji.logits(lazy, [TOKENS[:16]]), atol=1e-5)
+    np.testing.assert_allclose(ji.logits(out, SOME), ji.logits(lazy, SOME), atol=1e-5)
 
 
 @pytest.mark.parametrize(

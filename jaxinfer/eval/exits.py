@@ -133,7 +133,7 @@ def _entries(layer) -> float:
     for node in tree.select(layer, MoE).values():
         experts = sum(leaf.size for leaf in jax.tree.leaves([node.gate, node.up, node.down]))
         entries -= experts * (1 - node.experts_per_token / node.gate.kernel.shape[0])
-    return entries
+    return float(entries)
 
 
 def _walk(model: Transformer, rows: Int[np.ndarray, "B n"], prompt: int) -> tuple[float, tuple[np.ndarray, ...]]:
