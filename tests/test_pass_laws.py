@@ -26,7 +26,7 @@ IDS = (np.arange(LENGTH) * 11 % 96).astype(np.int32)[None]
 ALONE = list(PASSES)
 DEPTH = [name for name in PASSES if PASSES[name].about.family == "depth"]
 # Depth passes change neither kernels nor caches: of each kind of node that others put in, one pass stands for all.
-STAND_INS = {*DEPTH, "int4", "w8a8", "quarot", "kv_int4"}
+STAND_INS = {*DEPTH, "w8a8", "quarot", "kv_int4"}
 PAIRS = [
     (first, then)
     for first, then in itertools.product(PASSES, PASSES)
