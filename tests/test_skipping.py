@@ -112,11 +112,11 @@ def test_the_commands_find_layers_apply_them_and_show_what_is_saved(cli, tmp_pat
     assert "3 sets tried, 0 of them before" in said
     assert "3 of them before" in cli("search-skips", stories, *args)[1]
     spec = f"skip_layers:file={out}"
-    exits = ("--data", text, "--batches", "1,2", "--prompt-tokens", 8, "--steps", 8, "--rounds", 1)
+    exits = ("--data", text, "--batches", 2, "--prompt-tokens", 8, "--steps", 8, "--rounds", 1)
     status, said, err = cli("exits", stories, "--pass", "int8", "--pass", spec, *exits, "--out", tmp_path / "exits")
     assert status == 0, err
     rows = lines_of(tmp_path / "exits" / "exits.jsonl")
-    assert [row["batch"] for row in rows] == [1, 2] and all(row["ran"] == row["depth"] == 3 for row in rows)
+    assert [row["batch"] for row in rows] == [2] and all(row["ran"] == row["depth"] == 3 for row in rows)
     assert (tmp_path / "exits" / "exits.png").stat().st_size > 10_000 and "layers run" in said
     assert tuple(choice["layers"]) == read_skips(out)
 
@@ -158,7 +158,7 @@ def test_by_position_no_keys_are_computed_beyond_a_layers_limit_and_rows_are_ind
     rule = "skip_decode:share=0.4,start=4,end=12,warmup=0"
     late = ji.apply(program(), rule)
     limits = late.model.limits
-    assert limits[2] is None and limits[0] < limits[1] < 12
+    assert limits[2] is None and limits[0] < limits[1] == 12
     run = jax.jit(lambda model, ids, cache, counts: model(ids, cache, counts))
     ids = jnp.array([TOKENS[:16], TOKENS[5:21]])
     hidden, cache = run(late.model, ids, late.model.init_cache(2, 32), jnp.array([16, 10]))
