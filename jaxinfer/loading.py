@@ -132,7 +132,7 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
     """
     model = unfit(program.model)
     metadata = {
-        "config": config_to_dict(program.config),
+        "config": config_to_dict(program.built or program.config),  # on which the passes are applied again
         "dtype": str(program.model.embed.table.dtype),
         "layouts": list(program.layouts),
         "separate": "fused" in program.layouts and not select(model, (FusedQKV, FusedGateUp)),

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from jaxinfer.decode.base import Autoregressive, Decoder
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.text.tokenizer import Tokenizer
 
@@ -20,6 +21,7 @@ class Program:
     layouts: tuple[str, ...] = ()  # how the weights lie, see passes.layout.LAYOUTS
     blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # leaves kept as a file's blocks: their qtypes
     passes: tuple[tuple[str, Mapping[str, object]], ...] = ()  # what was applied, in order, with all options
+    built: ModelConfig | None = None  # the architecture that its passes began with; None: the model's own
     name: str = ""  # where it came from, for people
 
     @property

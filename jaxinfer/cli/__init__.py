@@ -8,7 +8,20 @@ import sys
 from typing import NoReturn
 
 import jaxinfer
-from jaxinfer.cli import apply, chat, compare, evaluate, generate, info, interrupt, passes, plan, spec_bench
+from jaxinfer.cli import (
+    apply,
+    chat,
+    compare,
+    evaluate,
+    exits,
+    generate,
+    info,
+    interrupt,
+    passes,
+    plan,
+    search_skips,
+    spec_bench,
+)
 from jaxinfer.errors import InputError
 
 _LOST = 3  # another of several processes has ended
@@ -23,6 +36,8 @@ _COMMANDS = {
     "compare": compare,
     "spec-bench": spec_bench,
     "plan": plan,
+    "exits": exits,
+    "search-skips": search_skips,
 }
 _EPILOG = "jaxinfer COMMAND --help tells a command's options"
 

@@ -14,6 +14,9 @@ from typing import Any
 
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.passes.base import Calibrated, Technique, option_fields
+from jaxinfer.passes.depth.early_exit import EarlyExits
+from jaxinfer.passes.depth.skip_decode import SkipDecode
+from jaxinfer.passes.depth.skip_layers import SkipLayers
 from jaxinfer.passes.kv_cache.fp8 import KVFP8
 from jaxinfer.passes.kv_cache.int8 import KVInt8
 from jaxinfer.passes.kv_cache.kivi import KVInt4
@@ -51,6 +54,9 @@ PASSES: dict[str, type[Technique]] = {
     "kv_fp8": KVFP8,
     "kv_int4": KVInt4,
     "kv_paged": KVPaged,
+    "skip_layers": SkipLayers,
+    "early_exit": EarlyExits,
+    "skip_decode": SkipDecode,
 }
 Spec = str | tuple[str, Mapping[str, Any]] | Technique
 
@@ -125,7 +131,8 @@ def typed(key: str, value: Any, kind: Any) -> Any:
         if origin is bool and isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if origin is tuple and isinstance(value, (list, tuple, str)):
-            return tuple(value.split("+")) if isinstance(value, str) else tuple(value)
+            parts = (value.split("+") if value else ()) if isinstance(value, str) else value
+            return tuple(_typed(key, part, typing.get_args(want)[0]) for part in parts)
         if origin in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
             try:
                 number = origin(value)

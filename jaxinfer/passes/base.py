@@ -57,7 +57,8 @@ class Technique:
         """
         self.check(program)
         out = through_shapes(self.transform, program)
-        return out.replace(passes=(*program.passes, (self.name, self.options())))
+        passes = (*program.passes, (self.name, self.options()))
+        return out.replace(passes=passes, built=program.built or program.config)
 
     def check(self, program: Program) -> None:
         """Raise InputError where a pass that was applied before forbids this one."""

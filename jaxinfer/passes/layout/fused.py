@@ -17,7 +17,7 @@ from jaxinfer.models.layers import Linear
 from jaxinfer.models.transformer import QKV, GateUp
 from jaxinfer.ops.quantized import is_quantized
 from jaxinfer.passes.layout.turn import turn
-from jaxinfer.tree import rewrite, select
+from jaxinfer.tree import replace, rewrite, select
 
 
 @nnx.dataclass
@@ -58,6 +58,27 @@ def _fuse_qkv(node: QKV) -> QKV | FusedQKV:
     linear = _side_by_side([node.q, node.k, node.v])
     kv_heads = node.k.kernel.shape[node.k.axes.index("kv_heads")]
     return node if linear is None else FusedQKV(linear, num_kv_heads=kv_heads)
+
+
+def unfuse_qkv(node: FusedQKV) -> QKV | FusedQKV:
+    """Return q, k and v as maps of their own; the node as it is where what it holds can't be cut into heads."""
+    linear, K = node.linear, node.num_kv_heads
+    axis = linear.axes.index("heads")
+    heads = linear.kernel.shape[axis]
+    parts = jax.tree.leaves(linear.kernel)
+    more = set(type(linear).__dataclass_fields__) - {"kernel", "bias", "eq", "axes", "group"}  # outliers, for one
+    if more or any(part.shape[axis] != heads for part in parts):
+        return node
+
+    def cut(start: int, end: int, name: str) -> Linear:
+        at = (slice(None),) * axis + (slice(start, end),)
+        kernel = jax.tree.map(lambda part: part[at], linear.kernel)
+        bias = None if linear.bias is None else linear.bias[start:end]
+        axes = tuple(name if i == axis else a for i, a in enumerate(linear.axes))
+        return replace(linear, kernel=kernel, bias=bias, axes=axes)
+
+    q, k = heads - 2 * K, heads - K
+    return QKV(cut(0, q, "heads"), cut(q, k, "kv_heads"), cut(k, heads, "kv_heads"))
 
 
 def _fuse_gate_up(node: GateUp) -> GateUp | FusedGateUp:
