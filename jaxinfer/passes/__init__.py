@@ -132,7 +132,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
             return value.lower() == "true"
         if origin is tuple and isinstance(value, (list, tuple, str)):
             parts = (value.split("+") if value else ()) if isinstance(value, str) else value
-            return tuple(_typed(key, part, typing.get_args(want)[0]) for part in parts)
+            return tuple(typed(key, part, typing.get_args(want)[0]) for part in parts)
         if origin in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, float)):
             try:
                 number = origin(value)
