@@ -1,6 +1,7 @@
 """What drafters find, how much of it is drafted, and what they are told of it."""
 
 import functools
+import json
 import re
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from models import random_program, tiny_config
 from test_speculative import CORPUS, PROMPTS, drafters, target
 
-from jaxinfer.decode import loop
+from jaxinfer.decode import costs, loop
 from jaxinfer.decode.base import run
 from jaxinfer.decode.draft import Known
 from jaxinfer.decode.drafters.datastore import Datastore, suffix_array
@@ -184,3 +185,19 @@ def test_a_step_copies_no_cache(name):
     shape = re.escape(f"f32[1,{program.config.num_kv_heads},{slots},{program.config.head_dim}]")
     assert re.search(shape, text)
     assert not re.findall(rf"= {shape}\S* copy\(", text)
+
+
+def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr(costs, "_memory", {})
+    drafter = DraftModel(target().model, length=2)
+    found = costs.costs_of(target().model, drafter, (0, 2), 1, 64)
+    assert found.check[0] == 1 and found.check[1] > 0 and found.draft[0] == 0
+    (kept,) = tmp_path.glob("speculation-*.json")
+    costs._memory.clear()
+    monkeypatch.setattr(costs, "_measure", None)  # not called again
+    again = costs.costs_of(target().model, drafter, (0, 2), 1, 64)
+    np.testing.assert_array_equal(again, found)
+    with pytest.raises(TypeError):  # another shape is another cost
+        costs.costs_of(target().model, drafter, (0, 2), 2, 64)
+    assert json.loads(kept.read_text())[0] == found.check.tolist()

@@ -134,18 +134,15 @@ class KiviLayer(nnx.Module):
         tree: TokenTree | None = None,
     ) -> tuple[Float[Array, "B T N H"], "KiviLayer"]:
         """Attend over the packed groups, and over the recent tokens."""
+        options = dict(scale=scale, window=window, softcap=softcap)
         if self.groups is None:
-            options = dict(scale=scale, window=window, softcap=softcap)
             return attention(q, self.k, self.v, positions, tree=tree, **options), self
         if tree is not None:
             self._check_tree(q.shape[1])
         end = positions[:, 0] + (positions >= 0).sum(axis=1) if self.chunk is None else self.chunk.start
         held = _held(end, self.k.shape[2])
-
-        options = dict(scale=scale, window=window, softcap=softcap)
-        # None of a tree's nodes is packed as yet, and their positions do not follow on one another.
-        options["consecutive"] = tree is None
-        old = packed_attention(q, self.groups, positions, residual=self.kind.residual, **options)
+        options |= dict(residual=self.kind.residual, consecutive=tree is None)  # none of a tree's nodes is packed yet
+        old = packed_attention(q, self.groups, positions, **options)
 
         def attend(q: Array, positions: Array, first: Array, *old: Array) -> Array:
             grouped, boundary = group_heads(q, self.k.shape[1], scale), self.kind.boundary(positions)

@@ -17,6 +17,7 @@ from typing import Any
 from jaxinfer.cli import options
 from jaxinfer.errors import InputError
 
+_TIE = 1e-3  # what float32 scores of a tie differ by, at most
 # Of Spec-Bench, MT-bench's eight categories are one.
 _MT = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where the figures and the plot go; continued if it exists")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Run the command."""
     for name in ("per_category", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -56,6 +57,16 @@ def run(args: argparse.Namespace) -> None:
         path = Path(args.out) / "spec_bench.png"
         draw(records, args.drafters, path)
         print(f"\n{path}", file=sys.stderr)
+    return _status(program, records)
+
+
+def _status(program, records: list[dict[str, Any]]) -> int:
+    """Return 1, and say so, where an answer of a program that rounds nothing goes another way than by a tie."""
+    worst = max((gap for r in records for gap in r["gap"].values()), default=0.0)
+    if program.passes or program.model.embed.table.dtype != "float32" or worst <= _TIE:
+        return 0
+    print(f"jaxinfer: error: two tokens' scores differ by {worst:.1e} where answers part: no tie", file=sys.stderr)
+    return 1
 
 
 def _questions(args) -> list[tuple[str, str]]:

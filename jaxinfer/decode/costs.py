@@ -1,6 +1,7 @@
 """What a check and a draft of each width cost on this device, measured once."""
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ def costs_of(
     if anew or key not in _memory:
 
         def measure():
+            if not anew:
+                print("measuring what drafts and their checks cost here, once ...", file=sys.stderr, flush=True)
             return _measure(model, drafter, widths, batch, slots)
 
         found = measure() if anew else kept("speculation", key, measure)
