@@ -1,6 +1,5 @@
 """How much to draft: what a check is expected to keep, as learned while decoding, against what it costs here."""
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -66,9 +65,12 @@ class Pace(nnx.Module):
 
 
 def widths_of(nodes: int) -> tuple[int, ...]:
-    """Return the draft widths that a step chooses from: none, all, and two between; each compiles a pass of its own."""
-    between = [math.ceil(nodes / 4), math.ceil(nodes / 2)] if nodes > 3 else []
-    return tuple(dict.fromkeys((0, *between, nodes)))
+    """Return the draft widths that a step chooses from: none, all, and between them those that fill 4, 8 or 16 rows.
+
+    A pass over the newest token and a draft is a product of one row more than the draft is wide, and kernels take rows
+    by fours and more. Each width compiles a pass of its own.
+    """
+    return (0, *(rows - 1 for rows in (4, 8, 16) if rows - 1 < nodes), nodes)
 
 
 def choose_width(gain: Float[Array, "n"], rows: Int[Array, ""] | int, costs: Costs, drafted: bool) -> Int[Array, ""]:
