@@ -35,6 +35,14 @@ class Around(nnx.Module):
         """Keep a path in the cache inside."""
         return type(self)(self.inner.keep(start, nodes, counts))
 
+    def take(self, rows: Array) -> "Around":
+        """Copy rows of the cache inside."""
+        return type(self)(self.inner.take(rows))
+
+    def fork(self, rows: Array, length: Array, room: int) -> "Around":
+        """Fork rows of the cache inside."""
+        return type(self)(self.inner.fork(rows, length, room))
+
 
 @nnx.dataclass
 class Unread(Around):
