@@ -20,17 +20,23 @@ from jaxinfer.tree import leaves
 
 MESHES = {"dense": ("data=2,model=4", "fsdp=8", "fsdp=2,model=4"), "experts": ("data=2,expert=4", "expert=2,model=4")}
 BATCH, SLOTS, CHUNK = 4, 64, 8
-OPTIONS = {"kv_int4": {"group": 8, "residual": 8}}  # so that some groups of a short text are packed
+OPTIONS = {
+    "kv_int4": {"group": 8, "residual": 8},  # so that some groups of a short text are packed
+    "skip_layers": {"layers": (1,)},
+    "early_exit": {"first": 1, "threshold": 0.1},
+    "skip_decode": {"end": 24, "share": 0.5},
+}
+LAYERS = {"skip_layers": 2, "early_exit": 2, "skip_decode": 2}  # of what is about layers; of the rest one tells
 SHAPE = dict(num_layers=1, embed_dim=64, mlp_dim=128, num_heads=8, head_dim=16, windows=(), qkv_bias=True)
 
 
 @functools.cache
-def base(kind: str) -> Program:
-    """Return a program of one layer; the dense one as it is loaded, with fused projections, and too few key heads."""
+def base(kind: str, layers: int = 1) -> Program:
+    """Return a program of a layer or two; the dense one as it is loaded, with fused projections, and too few key heads."""
     if kind == "experts":
         moe = tiny_moe(num_experts=8, expert_dim=32, layers=(0,))
         return random_program(tiny_config(**SHAPE, num_kv_heads=4, moe=moe))
-    program = random_program(tiny_config(**SHAPE, num_kv_heads=2, tie_embeddings=False))
+    program = random_program(tiny_config(**{**SHAPE, "num_layers": layers}, num_kv_heads=2, tie_embeddings=False))
     model = apply_layouts(program.model, ("fused", "long_last"))
     return program.replace(model=model, layouts=("fused", "long_last"))
 
@@ -93,8 +99,9 @@ def decoders() -> Iterator[dict]:
     of = {
         "greedy": (program, {}),
         "sampled": (program, sampled),
-        "ngram": (ji.speculative(program), {}),
-        "draft": (ji.speculative(program, draft, length=2), {}),
+        "ngram": (ji.speculative(program, adapt=False), {}),
+        "lookahead": (ji.speculative(program, "lookahead", adapt=False), {}),
+        "draft": (ji.speculative(program, draft, length=2, adapt=False), {}),
     }
     ids = (np.arange(300) * 5 % 96).tolist()
     for name, (one, options) in of.items():
@@ -116,7 +123,8 @@ def main() -> None:
             if kind == "experts" and name not in ("none", "int4", "w8a8"):
                 continue
             spec = () if name == "none" else ((name, OPTIONS.get(name, {})),)
-            for line in on_meshes(kind, name, apply(base(kind), *spec, calibration=calibration(kind))):
+            program = apply(base(kind, LAYERS.get(name, 1)), *spec, calibration=calibration(kind))
+            for line in on_meshes(kind, name, program):
                 print(json.dumps(line), flush=True)
     if "decoders" in names:
         for line in decoders():

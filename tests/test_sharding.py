@@ -24,7 +24,7 @@ from jaxinfer.sharding.rules import RULES
 from jaxinfer.sharding.specs import cache_shardings, model_shardings
 from jaxinfer.tree import leaves
 
-NAMES = ["none", *PASSES]
+NAMES = ["none", *(name for name in PASSES if name != "kv_paged")]
 HALVES = (NAMES[::2], NAMES[1::2])
 
 
@@ -98,7 +98,7 @@ def test_packed_values_are_divided_by_whole_runs_and_scales_where_they_are_sever
     assert leaves(model_shardings(odd, mesh_of("model=2"), RULES["tensor"]))["embed.table"].spec == P()
 
 
-@pytest.mark.parametrize("name", [n for n in PASSES if n.startswith("kv_")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("kv_")])
 def test_every_array_of_a_cache_is_divided_by_rows_and_heads(name):
     model = apply(Program(abstract(tiny_config())), name).model
     cache = jax.eval_shape(lambda: model.init_cache(4, 256))
@@ -107,6 +107,11 @@ def test_every_array_of_a_cache_is_divided_by_rows_and_heads(name):
     few = jax.eval_shape(lambda: model.init_cache(1, 256))  # one row is not divided: every device has it
     specs = {s.spec for s in leaves(cache_shardings(few, mesh_of("data=4,model=2"), RULES["tensor"])).values()}
     assert specs == {PartitionSpec(), PartitionSpec(None, "model")}
+
+
+def test_pages_are_not_divided():
+    with pytest.raises(InputError, match="kv_paged on a mesh: .*leave it out"):
+        ji.shard(make_mesh({"data": 1}))(apply(Program(abstract(tiny_config())), "kv_paged"))
 
 
 def check_law(line: dict) -> None:
@@ -132,7 +137,8 @@ def test_every_pass_and_cache_gives_on_every_mesh_what_one_device_gives(names):
 
 def test_every_decoder_gives_on_every_mesh_the_tokens_of_one_device():
     *found, last = lines("mesh_laws.py", "decoders")
-    assert {line["decoder"] for line in found} == {"greedy", "sampled", "ngram", "draft"} and len(found) == 10
+    assert {line["decoder"] for line in found} == {"greedy", "sampled", "ngram", "lookahead", "draft"}
+    assert len(found) == 13
     assert all(line["same"] for line in found), found
     np.testing.assert_allclose(last["perplexity"][1], last["perplexity"][0], rtol=1e-5)
 
