@@ -32,7 +32,7 @@ SHAPE = dict(num_layers=1, embed_dim=64, mlp_dim=128, num_heads=8, head_dim=16, 
 
 @functools.cache
 def base(kind: str, layers: int = 1) -> Program:
-    """Return a program of a layer or two; the dense one as it is loaded, with fused projections, and too few key heads."""
+    """Return a program of a layer or two; the dense one as it is loaded: fused projections, and too few key heads."""
     if kind == "experts":
         moe = tiny_moe(num_experts=8, expert_dim=32, layers=(0,))
         return random_program(tiny_config(**SHAPE, num_kv_heads=4, moe=moe))
