@@ -41,6 +41,15 @@ def test_drafters_answer_in_turns_with_plain_decoding(questions, tmp_path, capsy
     assert status == 2 and "options" in errors and len(errors.strip().splitlines()) == 1
 
 
+def test_generate_speculates_and_writes_the_same(capsys):
+    run = caller(capsys)
+    args = ("generate", "Once upon a time", "--model", stories_path(), "--max-new-tokens", 24, "--temperature", 0.8)
+    plain, fast = (run(*args, *more) for more in ((), ("--drafter", "ngram:least=1,length=3")))
+    assert plain[0] == fast[0] == 0 and plain[1] == fast[1] and len(plain[1]) > 20
+    status, _, errors = run(*args, "--drafter", "ngram", "--verifier", "blck")
+    assert status == 2 and "verifier='blck': did you mean 'block'" in errors
+
+
 def record(category, plain, fast, steps, checked):
     def answer(decode, **more):
         return vars(Answer(tokens=[1] * 41, prefill=1.0, decode=decode, **more))
