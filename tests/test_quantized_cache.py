@@ -241,9 +241,8 @@ def test_the_kernels_read_the_packed_groups_of_a_cache(monkeypatch, T, window, s
         module = getattr(packed_attention, name)
         monkeypatch.setattr(module, "tpu", functools.partial(module.tpu, interpret=True, blocks=blocks))
     options = dict(residual=kind.residual, scale=0.2, window=window, softcap=softcap)
-    parts = (
-        f(q, cache.groups, positions, **options) for f in (packed_attention._by_kernel, packed_attention._by_blocks)
-    )
+    kernel = functools.partial(packed_attention._by_kernel, consecutive=True)
+    parts = (f(q, cache.groups, positions, **options) for f in (kernel, packed_attention._by_blocks))
     found, expected = (np.asarray(out * np.exp(lse - 3)[..., None]) for out, lse in parts)
     assert np.abs(expected[:3]).max() > 0.01 and not expected[3, :43].any() and not expected[4].any()
     np.testing.assert_allclose(found[:4], expected[:4], rtol=0, atol=1e-5 * np.abs(expected).max())
