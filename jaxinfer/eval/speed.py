@@ -87,7 +87,7 @@ def _one_round(program: Program, prompt: Sequence[int], new_tokens: int, batch: 
     begin = time.perf_counter()
     cache = loop.empty_cache(program.model, batch, slots)
     cache, logits = loop.prefill(program.model, cache, rows)
-    own = program.decoder.prepare(rows, slots)
+    own = program.decoder.prepare(program.model, rows, slots)
     jax.block_until_ready((logits, own))
     filled = time.perf_counter()
     state = loop.start(
