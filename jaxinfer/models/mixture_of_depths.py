@@ -137,3 +137,13 @@ class TakenLayer(nnx.Module):
     def keep(self, start: Array, nodes: Array, counts: Array) -> "TakenLayer":
         """Refuse: no tree is ever appended."""
         raise InputError("a mixture of depths under a tree of tokens: not supported; draft chains")
+
+    def take(self, rows: Int[Array, "n"]) -> "TakenLayer":
+        """Copy rows, and what they took."""
+        return TakenLayer(self.inner.take(rows), self.taken[rows], self.base[rows])
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "TakenLayer":
+        """Fork rows: of the first length[i] tokens, as many as the layer took."""
+        taken = self.taken[rows] & (jnp.arange(self.taken.shape[1]) < length[:, None])
+        count = taken.sum(axis=1, dtype=jnp.int32)
+        return TakenLayer(self.inner.fork(rows, count, room), taken, self.base[rows])

@@ -135,3 +135,11 @@ class RotatedKeysLayer(nnx.Module):
     def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "RotatedKeysLayer":
         """Keep a path in the cache inside."""
         return RotatedKeysLayer(self.inner.keep(start, nodes, counts))
+
+    def take(self, rows: Int[Array, "n"]) -> "RotatedKeysLayer":
+        """Copy rows of the cache inside."""
+        return RotatedKeysLayer(self.inner.take(rows))
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "RotatedKeysLayer":
+        """Fork rows of the cache inside."""
+        return RotatedKeysLayer(self.inner.fork(rows, length, room))
