@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxinfer.decode.draft import Drafter, Known
 from jaxinfer.decode.pace import Costs
+from jaxinfer.decode.verification import chain
 from jaxinfer.machine import kept
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.token_tree import TokenTree
@@ -54,7 +55,8 @@ def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]
     cache = cache.longer(jnp.full(batch, len(row) - 1))
     runs: list[Callable[[], Any]] = []
     for width in widths:
-        tree = TokenTree.of(drafter.parents[: width + 1]) if _branches(drafter.parents[: width + 1]) else None
+        parents = drafter.parents[: width + 1]
+        tree = None if parents == chain(width) else TokenTree.of(parents)
         runs.append(functools.partial(_checks, model, cache, width + 1, tree))
     for width in widths:
         runs.append(functools.partial(_drafts, model, drafter, own, cache, known, np.int32(width)))
@@ -71,10 +73,6 @@ def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]
         [x / one for x in best[: len(widths)]],
         [max(0.0, x - best[len(widths)]) / one for x in best[len(widths) :]],
     ]
-
-
-def _branches(parents: Sequence[int]) -> bool:
-    return list(parents) != list(range(-1, len(parents) - 1))
 
 
 @functools.partial(jax.jit, static_argnames=("width",))
