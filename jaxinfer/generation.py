@@ -44,8 +44,10 @@ def generate(
     batch. `stop_ids` replaces the program's own; `()` never stops early.
 
     Raises:
-        InputError: an empty prompt, one that leaves no room in the context, or an option out of its range.
+        InputError: an empty prompt, one of text, one that leaves no room in the context, or an option out of its range.
     """
+    if isinstance(tokens, str) or (not hasattr(tokens, "ndim") and any(isinstance(row, str) for row in tokens)):
+        raise InputError("generate takes token ids, not text: call generate_text, or encode with program.tokenizer")
     rows = [list(map(int, row)) for row in np.asarray(tokens)] if hasattr(tokens, "ndim") else [list(t) for t in tokens]
     if lengths is not None:
         rows = [row[: int(n)] for row, n in zip(rows, lengths, strict=True)]

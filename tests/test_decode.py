@@ -240,3 +240,10 @@ def test_a_program_without_a_tokenizer_says_so():
 
     with pytest.raises(InputError, match="no tokenizer"):
         generate_text(random_program(tiny_config()), "x")
+
+
+@pytest.mark.parametrize("text", ["x", ["x"]])
+def test_text_for_ids_is_refused_by_the_name_of_what_takes_it(tiny, text):
+    unchecked = getattr(generate, "__wrapped__", generate)  # users run without the checks of types
+    with pytest.raises(InputError, match="call generate_text"):
+        unchecked(tiny, text)

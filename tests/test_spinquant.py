@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import stories_path
 from models import random_program, tiny_config, tiny_moe
 
 import jaxinfer.passes as passes
+from jaxinfer import generate, load
 from jaxinfer.errors import InputError
-from jaxinfer.models.layers import RMSNorm
 from jaxinfer.ops.hadamard import hadamard
 from jaxinfer.passes.calibration import Calibration
 from jaxinfer.passes.quantization.cayley import cayley_step
 from jaxinfer.passes.quantization.spinquant import SpinQuant
 from jaxinfer.passes.quantization.straight_through import cross_entropy, fake_quantize, round_straight_through
-from jaxinfer.tree import replace, rewrite
 
 TOKENS = np.asarray(jax.random.randint(jax.random.key(0), (2, 24), 0, 96), np.int32)
 TEXT = Calibration(TOKENS)
@@ -32,17 +32,6 @@ def assert_same_function(a, b, tolerance=1e-4):
     expected, found = logits_of(a.model), logits_of(b.model)
     assert np.abs(expected).max() > 0.5
     assert np.abs(expected - found).max() <= tolerance * np.abs(expected).max()
-
-
-@pytest.fixture(scope="module")
-def outliers():
-    """Return a program with three channels of the residual stream fifty times as large in what the layers read."""
-    program = random_program(tiny_config(windows=()))
-
-    def spread(norm):
-        return replace(norm, scale=norm.scale.at[jnp.array([3, 11, 20])].mul(50.0))
-
-    return program.replace(model=rewrite(program.model, RMSNorm, r"layers.*\.(attention|mlp)_norm", spread))
 
 
 def test_a_rotation_stays_one_over_a_hundred_steps_and_finds_another():
@@ -106,17 +95,24 @@ def test_the_learned_model_is_the_same_function(changes):
     assert_same_function(program, QUICK(program))
 
 
-def test_learning_lowers_the_loss_of_the_rounded_model(outliers):
-    """On text that the model itself finds likely, so that rounding can only cost."""
-    tokens = np.asarray(logits_of(outliers.model).argmax(-1), np.int32)
-    spin = SpinQuant(steps=24, bits=3, activation_bits=4, group=32, calibration=Calibration(tokens))
-    start = spin._start(outliers.config)
-    learned = spin._learn(outliers.model, start)
-    loss = jax.jit(spin.loss)
-    before, after = (np.mean([loss(r, outliers.model, t[None]) for t in tokens]) for r in (start, learned))
-    assert after < before - 0.02
-    for r in jax.tree.leaves(learned):
-        np.testing.assert_allclose(np.swapaxes(r, -1, -2) @ r, np.broadcast_to(np.eye(r.shape[-1]), r.shape), atol=1e-5)
+def test_learning_lowers_the_loss_of_the_rounded_model():
+    """On a model that was trained and its own text; the mean of three starts, as roundings make one start a gamble."""
+    program = load(stories_path())
+    rows = [program.tokenizer.encode("Once upon a time")] * 4
+    tokens = generate(program, rows, max_new_tokens=80, temperature=1.0, stop_ids=()).tokens
+    gains = []
+    for seed in range(3):
+        spin = SpinQuant(steps=24, activation_bits=4, learning_rate=0.5, seed=seed, calibration=Calibration(tokens))
+        start = spin._start(program.config)
+        learned = spin._learn(program.model, start)
+        loss = jax.jit(spin.loss)
+        before, after = (np.mean([loss(r, program.model, t[None]) for t in tokens]) for r in (start, learned))
+        gains.append(before - after)
+        for r in jax.tree.leaves(learned):
+            np.testing.assert_allclose(
+                np.swapaxes(r, -1, -2) @ r, np.broadcast_to(np.eye(r.shape[-1]), r.shape), atol=1e-5
+            )
+    assert np.mean(gains) > 0.03, gains  # nats of about 1.5
 
 
 @pytest.mark.parametrize(

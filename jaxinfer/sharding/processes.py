@@ -28,6 +28,7 @@ def join(spec: str) -> None:
     import jax
 
     options = {} if spec == _AUTO else _parse(spec)
+    _keep_stdout()
     try:
         jax.distributed.initialize(
             **options,
@@ -42,6 +43,14 @@ def join(spec: str) -> None:
         ) from None
     if index():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def _keep_stdout() -> None:
+    """Have what native libraries print go to stderr: gloo greets on stdout, which is for what the command gives."""
+    sys.stdout.flush()
+    own = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    os.dup2(2, 1)
+    sys.stdout = own
 
 
 def count() -> int:
