@@ -79,7 +79,7 @@ def test_int8_dot_does_not_overflow_at_its_largest_sums(isa, a, b):
         assert np.unique(np.asarray(cpu_kernels.int8_dot(x, w))).tolist() == [a * b * I]
 
 
-@pytest.mark.parametrize("M", [1, 2, 5, 8])
+@pytest.mark.parametrize("M", [1, 2, 5, 8, 13])
 def test_int8_matmul_is_its_composition(isa, M):
     rng = np.random.default_rng(M)
     for O, I in SHAPES:

@@ -1,5 +1,6 @@
 """Softmax attention of query tokens against cache slots, masked by absolute positions."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped, UInt8
 
 from jaxinfer.errors import InputError
+from jaxinfer.ops.cpu_attention import on_cpu
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.token_tree import TokenTree, last_slot, tree_visible
 from jaxinfer.ops.tpu_attention import tpu_attention
@@ -59,7 +61,12 @@ def attention(
         check_tree(q, tree)
         return by_query_blocks(lambda q, p, _: _attend_block(q, k, v, p, tree, **options), q, positions)
 
-    return choose(implementation, pallas, xla, q, k, v, positions, tree)
+    def best(q, k, v, positions, tree):
+        if tree is not None or softcap is not None:
+            return xla(q, k, v, positions, tree)
+        return on_cpu(functools.partial(xla, tree=None), q, k, v, positions, scale=scale, window=window)
+
+    return choose(implementation, pallas, xla if implementation else best, q, k, v, positions, tree)
 
 
 def check_tree(q: Float[Array, "B T N H"], tree: TokenTree | None) -> None:

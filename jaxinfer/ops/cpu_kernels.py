@@ -15,6 +15,7 @@ from jaxtyping import Array, DTypeLike, Float, Int8, Int32, UInt8
 
 _RUN = 32  # entries of a row whose 4-bit values share 16 bytes: low nibbles the first half, high ones the second
 _KINDS = {"float32": "float", "float16": "half"}
+_ABSENT = "no CPU kernels here: they need XLA's CPU backend, llvmlite and AVX2, AVX-512 VNNI or NEON"
 _lock = threading.Lock()
 _registered: dict[str, object] = {}  # name -> machine code, which XLA may call as long as the process lives
 
@@ -104,6 +105,35 @@ def q4_matmul(
     return _call(name, jnp.float32, x, values, scale, *([] if offset is None else [offset]))
 
 
+def attention(
+    q: Float[Array, "M R H"],
+    bounds: Int32[Array, "M R 2"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    parts: int,
+) -> Float[Array, "M R H"]:
+    """Return `softmax(q k^T) v` of the queries of each head m, M = B * K.
+
+    Query r sees the slots bounds[m, r, 0] .. bounds[m, r, 1] - 1; what others hold is never used, and of none the
+    result is 0. What a head's queries see is cut into `parts`, which threads share. Each kernel is made for its H, a
+    multiple of 16, and its parts.
+
+    Raises:
+        ValueError: the kernels are not available, or the shapes or dtypes don't fit.
+    """
+    if not available():
+        raise ValueError(_ABSENT)
+    M, R, H = q.shape
+    shapes = (k.shape[0] * k.shape[1], k.shape[3], v.shape, bounds.shape)
+    if H % 16 or shapes != (M, H, k.shape, (M, R, 2)) or 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q {_show(q)}, bounds {_show(bounds)}, k {_show(k)}, v {_show(v)}: don't fit; H must be 16 n")
+    if any(x.dtype != jnp.float32 for x in (q, k, v)):
+        raise ValueError(f"q {_show(q)}, k {_show(k)}, v {_show(v)}: must be float32")
+    # XLA would write a cache twice that it is to hand on in two shapes: k and v come as they are.
+    result = jax.ShapeDtypeStruct((M, R, H), jnp.float32)
+    return jax.ffi.ffi_call(_register(f"attention:{H}:{parts}"), result, vmap_method="sequential")(q, bounds, k, v)
+
+
 def _check_grouped(x, values, scale, offset, qtype, qtypes) -> None:
     if qtype not in qtypes:
         raise ValueError(f"qtype={qtype!r}: must be one of {', '.join(qtypes)}")
@@ -123,7 +153,7 @@ def _check_grouped(x, values, scale, offset, qtype, qtypes) -> None:
 
 def _check(x: Array, w: Array, inner: int, *scaled: Array) -> None:
     if not available():
-        raise ValueError("no CPU kernels here: they need XLA's CPU backend, llvmlite and AVX2, AVX-512 VNNI or NEON")
+        raise ValueError(_ABSENT)
     if x.ndim != 2 or x.shape[1] != inner:
         raise ValueError(f"x {_show(x)}: must be rows of {inner} for a weight {_show(w)}")
     if 0 in (*x.shape, *w.shape):
@@ -160,9 +190,12 @@ def _register(name: str) -> str:
 def _kernel(name: str, isa: str):
     """Return the kernel that a name such as "q4:int4:half:plain:2" stands for."""
     from jaxinfer.ops import cpu_kernels_rows as rows
+    from jaxinfer.ops.cpu_kernels_attention import attention_kernel
     from jaxinfer.ops.cpu_kernels_groups import int8_groups_kernel
 
     kind, *options = name.split(":")
+    if kind == "attention":
+        return attention_kernel(*map(int, options))
     if kind in ("int8_dot", "int8_matmul"):
         return rows.int8_kernel(isa, floats=kind == "int8_matmul")
     if kind == "int8_groups":

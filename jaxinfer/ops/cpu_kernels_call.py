@@ -33,7 +33,7 @@ class Job(NamedTuple):
     M: Value
     I: Value
     O: Value
-    G: Value  # groups of one row of the weight: the second axis of the third operand; 1 where that has none
+    G: Value  # groups of one row of the weight: an axis of the third operand; 1 where there is none
     operands: list[Value]
     out: Value
     workspace: Value
@@ -46,6 +46,8 @@ class Kernel(NamedTuple):
     workspace: Callable[[Value, Value, Value], Value]  # M, I, G -> bytes
     prepare: Callable[[Code, Job], None]  # once a call: may write the workspace
     rows: Callable[[Code, Job, Value, Value], None]  # computes out[:, start:stop]
+    parts: int = 0  # where not 0, `rows` is called for each of O * parts items of their own
+    group_axis: int = 1  # of the third operand
 
 
 def instruction_set() -> str | None:
@@ -154,9 +156,11 @@ def _write_handler(code: Code, kernel: Kernel) -> str:
         return code.load(code.at(code.load(code.at(buffers[operand], 40), "ptr"), n, "i64"), "i64")
 
     M, I, O, row_bytes = axis(0, 0), axis(0, 1), axis(1, 0), axis(1, 1)
-    G = axis(2, 1) if kernel.operands > 2 else code.constant(1, "i64")
+    G = axis(2, kernel.group_axis) if kernel.operands > 2 else code.constant(1, "i64")
     job = code.call("ptr", "malloc", kernel.workspace(M, I, G) + _HEADER)
     block_rows = (code.constant(_BLOCK_BYTES // 4, "i64") // (row_bytes + 1) + 1) * 4
+    if kernel.parts:
+        O, block_rows = O * kernel.parts, code.constant(1, "i64")
     blocks = (O + block_rows - 1) // block_rows
     out = code.load(code.load(code.at(frame, 112), "ptr"), "ptr")
     slots = {

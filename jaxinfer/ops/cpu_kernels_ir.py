@@ -130,6 +130,9 @@ class Code:
     def smaller(self, left: Value, right: Value) -> Value:
         return self.select(left < right, left, right)
 
+    def larger(self, left: Value, right: Value) -> Value:
+        return self.select(left < right, right, left)
+
     # Memory, which is addressed by bytes and never assumed to be aligned.
     def at(self, pointer: Value, index: Value | int, kind: str = "i8") -> Value:
         return self.emit("ptr", f"getelementptr {kind}, ptr {pointer.name}, i64 {self.operand(index, 'i64')}")

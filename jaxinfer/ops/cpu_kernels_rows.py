@@ -7,10 +7,13 @@ and several rows at a time came at less than half the speed.
 from jaxinfer.ops.cpu_kernels_call import Job, Kernel
 from jaxinfer.ops.cpu_kernels_ir import Code, Value
 from jaxinfer.ops.cpu_kernels_vectors import (
+    ENTRY_BYTES,
     LANES,
     add_product,
     dot_bytes,
+    dot_entries,
     dot_floats,
+    entry_kind,
     int8_scale,
     int_lanes,
     load,
@@ -21,31 +24,38 @@ from jaxinfer.ops.cpu_kernels_vectors import (
     whole,
 )
 
-_X_ROWS = (4, 1)  # rows of x that meet a row of the weight together
+_INT8_ROWS, _X_ROWS = (8, 4, 1), (4, 1)  # rows of x that meet a row of the weight together
 _RUN = 32  # entries of a row whose 4-bit values share 16 bytes
 
 
 def int8_kernel(isa: str, *, floats: bool) -> Kernel:
     """Return int8 x int8 -> int32; with `floats`, x comes in float32, its rows are rounded, and the result scaled."""
     unsigned = isa == "avx512_vnni"  # its instruction takes w + 128: 128 * sum(x) is taken off at the end
+    kind = entry_kind(isa)
+    copied = floats or kind != "i8"
 
     def workspace(M: Value, I: Value, G: Value) -> Value:
-        return M * 8 + M * I if floats else M * 8
+        return M * 8 + M * I * ENTRY_BYTES[kind] if copied else M * 8
 
     def parts(code: Code, job: Job) -> tuple[Value, Value, Value]:
         sums, scales = job.workspace, code.at(job.workspace, job.M * 4)
-        return (code.at(job.workspace, job.M * 8) if floats else job.operands[0]), sums, scales
+        return (code.at(job.workspace, job.M * 8) if copied else job.operands[0]), sums, scales
 
     def prepare(code: Code, job: Job) -> None:
         x8, sums, scales = parts(code, job)
         with code.loop(code.zero, job.M) as m:
-            row = code.at(x8, m * job.I)
+            row = code.at(x8, m * job.I, kind)
             if floats:
                 x = code.at(job.operands[0], m * job.I, "float")
                 scale = int8_scale(code, x, job.I)
                 code.store(scale, code.at(scales, m, "float"))
                 for i, lanes in tiles(code, code.zero, job.I, (LANES, 1)):
-                    code.store(to_int8(code, load(code, x, i, "float", lanes), scale), code.at(row, i))
+                    code.store(to_int8(code, load(code, x, i, "float", lanes), scale, kind), code.at(row, i, kind))
+            elif copied:
+                x = code.at(job.operands[0], m * job.I)
+                for i, lanes in tiles(code, code.zero, job.I, (LANES, 1)):
+                    entries = load(code, x, i, "i8", lanes)
+                    code.store(code.cast("sext", entries, entries.type.replace("i8", kind)), code.at(row, i, kind))
             if unsigned:
                 totals = {LANES: code.variable(0, f"<{LANES} x i32>"), 1: code.variable(0, "i32")}
                 for i, lanes in tiles(code, code.zero, job.I, (LANES, 1)):
@@ -56,8 +66,8 @@ def int8_kernel(isa: str, *, floats: bool) -> Kernel:
     def rows(code: Code, job: Job, start: Value, stop: Value) -> None:
         x8, sums, scales = parts(code, job)
         with code.loop(start, stop) as o:
-            for m, M in tiles(code, code.zero, job.M, _X_ROWS):
-                xs = [code.at(x8, (m + k) * job.I) for k in range(M)]
+            for m, M in tiles(code, code.zero, job.M, _INT8_ROWS):
+                xs = [code.at(x8, (m + k) * job.I, kind) for k in range(M)]
                 for k, total in enumerate(_int8_dots(code, isa, xs, code.at(job.operands[1], o * job.I), job.I)):
                     if unsigned:
                         total = total - load(code, sums, m + k, "i32", 1)
@@ -71,7 +81,7 @@ def int8_kernel(isa: str, *, floats: bool) -> Kernel:
 
 def _int8_dots(code: Code, isa: str, xs: list[Value], w: Value, I: Value) -> list[Value]:
     """Return each x . w; with AVX-512 each x . (w + 128)."""
-    unsigned = isa == "avx512_vnni"
+    unsigned, kind = isa == "avx512_vnni", entry_kind(isa)
     singles, totals, start = [code.variable(0, "i32") for _ in xs], [], code.zero
     for lanes in int_lanes(isa):
         folded = [code.fold(total.get()) for total in totals] or [0] * len(xs)
@@ -79,14 +89,15 @@ def _int8_dots(code: Code, isa: str, xs: list[Value], w: Value, I: Value) -> lis
         for i in whole(code, start, I, 4 * lanes):
             part = load(code, w, i, "i8", 4 * lanes)
             part = part ^ -128 if unsigned else part
+            part = code.cast("sext", part, f"<{4 * lanes} x {kind}>") if kind != "i8" else part
             for x, total in zip(xs, totals, strict=True):
-                total.set(dot_bytes(code, isa, total.get(), part, load(code, x, i, "i8", 4 * lanes)))
+                total.set(dot_entries(code, isa, total.get(), part, load(code, x, i, kind, 4 * lanes)))
         start = rounded_down(start, I, 4 * lanes)
     with code.loop(start, I) as i:
         entry = code.cast("sext", load(code, w, i, "i8", 1), "i32")
         entry = entry + 128 if unsigned else entry
         for x, single in zip(xs, singles, strict=True):
-            single.set(single.get() + entry * code.cast("sext", load(code, x, i, "i8", 1), "i32"))
+            single.set(single.get() + entry * code.cast("sext", load(code, x, i, kind, 1), "i32"))
     return [code.sum(total.get()) + single.get() for total, single in zip(totals, singles, strict=True)]
 
 
