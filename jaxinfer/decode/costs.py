@@ -25,7 +25,9 @@ _memory: dict[tuple, Costs] = {}
 def costs_of(
     model: Transformer, drafter: Drafter, widths: Sequence[int], batch: int, slots: int, anew: bool = False
 ) -> Costs:
-    """Return what a check, and a draft, of each width costs for `batch` rows in caches of `slots` slots, half full.
+    """Return what a check, and a draft, of each width costs for `batch` rows in caches of `slots` slots, 3/4 full.
+
+    (Slots are powers of two, so a text fills between half of them and all.)
 
     From the cache directory if this device, with a model and a drafter of these shapes, was measured before, unless
     they are to be measured `anew`.
@@ -46,7 +48,7 @@ def costs_of(
 
 def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]]:
     # Tokens of no meaning, all different: what a drafter finds in them is nothing, and it looks at all of them.
-    row = (np.arange(slots // 2) * 7919 % model.config.vocab_size).tolist()
+    row = (np.arange(slots * 3 // 4) * 7919 % model.config.vocab_size).tolist()
     known = Known(
         jnp.zeros((batch, slots), jnp.int32).at[:, : len(row)].set(jnp.asarray(row)), jnp.full(batch, len(row))
     )

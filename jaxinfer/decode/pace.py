@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.ops.token_tree import TokenTree
 
 MEMORY = 1 - 1 / 48  # of what was learned, what one step leaves: a text changes, and what was bad may be good again
-PRIOR = 1.0  # drafts that were seen before any was
+PRIOR = 4.0  # drafts that were seen before any was
 HOPE = 0.6  # the share of them that stood: enough to try, where a check is not too dear
 
 
@@ -65,12 +65,12 @@ class Pace(nnx.Module):
 
 
 def widths_of(nodes: int) -> tuple[int, ...]:
-    """Return the draft widths that a step chooses from: none, all, and between them those that fill 4, 8 or 16 rows.
+    """Return the draft widths that a step chooses from: none, all, and between them those that fill 2, 4, 8 or 16 rows.
 
     A pass over the newest token and a draft is a product of one row more than the draft is wide, and kernels take rows
-    by fours and more. Each width compiles a pass of its own.
+    by powers of two. Each width compiles a pass of its own.
     """
-    return (0, *(rows - 1 for rows in (4, 8, 16) if rows - 1 < nodes), nodes)
+    return (0, *(rows - 1 for rows in (2, 4, 8, 16) if rows - 1 < nodes), nodes)
 
 
 def choose_width(gain: Float[Array, "n"], rows: Int[Array, ""] | int, costs: Costs, drafted: bool) -> Int[Array, ""]:

@@ -17,7 +17,6 @@ from jaxinfer.decode.costs import costs_of
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.decode.speculative import Speculative
 from jaxinfer.errors import InputError
-from jaxinfer.generation import logits
 from jaxinfer.program import Program
 
 _ANY = np.int32(1 << 30)
@@ -119,7 +118,8 @@ def gap(program: Program, prompt: Sequence[int], found: Sequence[int], expected:
     """Return by how much the scores of the first two tokens that differ do; 0 where none does: a tie, or an error."""
     for i, (a, b) in enumerate(zip(found, expected, strict=False)):
         if a != b:
-            scores = np.asarray(logits(program, [[*prompt, *expected[:i]]]))[0, -1]
+            cache = loop.empty_cache(program.model, 1, loop.slots_for(len(prompt) + len(expected)))
+            scores = np.asarray(loop.prefill(program.model, cache, [[*prompt, *expected[:i]]])[1])[0]
             return float(abs(scores[a] - scores[b]))
     return 0.0 if len(found) == len(expected) else float("inf")
 

@@ -2,10 +2,11 @@
 
 from jaxinfer.ops.cpu_kernels_call import Job, Kernel
 from jaxinfer.ops.cpu_kernels_ir import Code, Value
-from jaxinfer.ops.cpu_kernels_vectors import LANES, add_product, load, tiles
+from jaxinfer.ops.cpu_kernels_vectors import LANES, add_product, load, rounded_down, tiles
 
 _TILE = 64  # slots whose keys and values, at 64 entries a head, fit the first cache
-_ROWS = (4, 2, 1)  # queries that meet a key together
+_ROWS = (2, 1)  # queries that meet four keys together
+_DOT = 8  # lanes of their products' sums, which then fit the registers of AVX2
 _MASKED = -1e30
 _EXTRA = 2  # entries of a share after the head's: the sum of its weights, and their peak
 
@@ -108,15 +109,33 @@ class _Bounds:
 
 def _scores(code: Code, scores: Value, q: Value, count: int, k: Value, start: Value, stop: Value, H: int) -> None:
     """Write `q k^T` of `count` queries over the slots from start to stop."""
-    with code.loop(start, stop) as s:
-        key = code.at(k, s * H, "float")
-        sums = [code.variable(0.0, f"<{LANES} x float>") for _ in range(count)]
-        for n in range(0, H, LANES):
-            entries = load(code, key, n, "float", LANES)
-            for i, total in enumerate(sums):
-                add_product(code, total, entries, load(code, q, i * H + n, "float", LANES))
-        for i, total in enumerate(sums):
-            code.store(code.sum(total.get()), code.at(scores, (s - start) + i * _TILE, "float"))
+    fours = rounded_down(start, stop, 4)
+    for first, last, size in ((start, fours, 4), (fours, stop, 1)):
+        with code.loop(first, last, size) as s:
+            keys = [code.at(k, (s + n) * H, "float") for n in range(size)]
+            sums = [[code.variable(0.0, f"<{_DOT} x float>") for _ in keys] for _ in range(count)]
+            for n in range(0, H, _DOT):
+                entries = [load(code, key, n, "float", _DOT) for key in keys]
+                for i, totals in enumerate(sums):
+                    query = load(code, q, i * H + n, "float", _DOT)
+                    for total, entry in zip(totals, entries, strict=True):
+                        add_product(code, total, entry, query)
+            for i, totals in enumerate(sums):
+                row = [total.get() for total in totals]
+                code.store(
+                    _sums(code, row) if size == 4 else code.sum(row[0]),
+                    code.at(scores, (s - start) + i * _TILE, "float"),
+                )
+
+
+def _sums(code: Code, vectors: list[Value]) -> Value:
+    """Return the sum of each of four vectors of 8 lanes."""
+    even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+
+    def neighbours(a: Value, b: Value) -> Value:
+        return code.shuffle(a, even, b) + code.shuffle(a, odd, b)
+
+    return code.fold(neighbours(neighbours(*vectors[:2]), neighbours(*vectors[2:])))
 
 
 def _add(code: Code, row: Value, scores: Value, v: Value, start: Value, low: Value, high: Value, H: int) -> None:

@@ -219,10 +219,12 @@ class Code:
         return self.emit(result, f'call {result} asm "{text}", "{constraints}"({listed})')
 
     # Vectors.
-    def shuffle(self, vector: Value, lanes: list[int]) -> Value:
+    def shuffle(self, vector: Value, lanes: list[int], other: Value | None = None) -> Value:
+        """Return the lanes that are named, of which `other` has those after the vector's own."""
         kind = vector.type.split(" x ")[1].rstrip(">")
         mask = "<" + ", ".join(f"i32 {lane}" for lane in lanes) + ">"
-        text = f"shufflevector {vector.type} {vector.name}, {vector.type} poison, <{len(lanes)} x i32> {mask}"
+        second = other.name if other else "poison"
+        text = f"shufflevector {vector.type} {vector.name}, {vector.type} {second}, <{len(lanes)} x i32> {mask}"
         return self.emit(f"<{len(lanes)} x {kind}>", text)
 
     def splat(self, scalar: Value, lanes: int) -> Value:

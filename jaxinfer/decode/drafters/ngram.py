@@ -18,8 +18,8 @@ class NGram(nnx.Module):
     """The longest suffix of the text, of `least` to `most` tokens, that has come before: the latest place counts."""
 
     length: int = nnx.static(default=7, kw_only=True)
-    most: int = nnx.static(default=4, kw_only=True)
-    least: int = nnx.static(default=2, kw_only=True)
+    most: int = nnx.static(default=8, kw_only=True)
+    least: int = nnx.static(default=1, kw_only=True)
 
     def __post_init__(self):
         if not (self.length >= 1 and 1 <= self.least <= self.most):
