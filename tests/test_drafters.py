@@ -37,9 +37,9 @@ from jaxinfer.tree import rewrite
         ([5, 2, 3, 6, 7, 2, 3, 8, 9, 2, 3], {}, [8, 9, 2, 3]),  # of equals the latest
         ([7, 8, 7, 8, 7, 8], {}, [7, 8, 7, 8]),  # a text that repeats itself goes on
         ([1, 2, 3, 4], {}, None),
-        ([1, 2, 3, 2], {}, None),  # one token is too little
-        ([1, 2, 3, 2], {"least": 1}, [3, 2, 3, 2]),
-        ([4], {"least": 1}, None),
+        ([1, 2, 3, 2], {"least": 2}, None),  # one token is too little
+        ([1, 2, 3, 2], {}, [3, 2, 3, 2]),
+        ([4], {}, None),
     ],
 )
 def test_prompt_lookup(text, options, expected):
