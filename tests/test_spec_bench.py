@@ -1,5 +1,6 @@
 """jaxinfer spec-bench end to end on a small model, and what it says of mistakes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -50,6 +51,16 @@ def test_generate_speculates_and_writes_the_same(capsys):
     assert status == 2 and "verifier='blck': did you mean 'block'" in errors
 
 
+def test_an_answer_that_ends_early_is_no_gain():
+    """Speeds are those of a token, in all and in each question."""
+    costs = dict(steps=10, checked=[10, 0], check=[1.0, 2.0], draft=[0.0, 0.0])
+    short, long = Answer([1] * 11, 1.0, 1.0, **costs), Answer([1] * 41, 1.0, 4.0, steps=40)
+    found = summary([short], [long])
+    assert [found[key] for key in ("speedup", "speedup_p10", "predicted", "whole")] == pytest.approx([1, 1, 1, 1])
+    nothing = summary([dataclasses.replace(short, tokens=[1])], [long])
+    assert nothing["speedup"] == 1 and nothing["same"] == 0
+
+
 def record(category, plain, fast, steps, checked):
     def answer(decode, **more):
         return vars(Answer(tokens=[1] * 41, prefill=1.0, decode=decode, **more))
@@ -68,7 +79,7 @@ def test_the_prediction_is_tokens_a_step_over_what_a_step_costs(tmp_path):
     a = rows["a"]
     assert a["tokens_per_step"] == 40 / 16 and a["speedup"] == 2 and a["checked_share"] == 0.5
     assert a["predicted"] == 40 / (8 * 1 + 8 * 2.5) and a["draft_share"] == pytest.approx(4 / 28)
-    assert rows["b"]["predicted"] == 1 and rows["all"]["speedup"] == 8 / 6 and a["whole"] == 5 / 3
+    assert rows["b"]["predicted"] == 1 and rows["all"]["speedup"] == pytest.approx(8 / 6) and a["whole"] == 5 / 3
     assert "| d | all | 2 | 1.43 |" in markdown(records, ["d"])
     draw(records, ["d"], tmp_path / "x.png")
     assert summary([Answer(**records[0]["answers"]["d"])], [Answer(**records[0]["answers"][""])])["same"] == 1

@@ -94,22 +94,30 @@ class Bench:
 
 
 def summary(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any]:
-    """Return what answers to the same questions say of a drafter: tokens a step, shares, and speed over plain."""
-    steps, predicted = (sum(getattr(a, key) for a in answers) for key in ("steps", "predicted"))
-    ratios = [p.decode / a.decode for a, p in zip(answers, plain, strict=True) if p.decoded]
+    """Return what answers to the same questions say of a drafter: tokens a step, shares, and speed over plain.
+
+    Speeds are those of a token: where activations are rounded, answers part at ties, and one may end before the other.
+    """
+    steps, predicted, tokens = (sum(getattr(a, key) for a in answers) for key in ("steps", "predicted", "decoded"))
+    pairs = [(p, a) for p, a in zip(plain, answers, strict=True) if p.decoded and a.decoded]
+    ratios = [p.decode / p.decoded / (a.decode / a.decoded) for p, a in pairs] or [1.0]
+    rate = sum(p.decode for p, _ in pairs) / max(sum(p.decoded for p, _ in pairs), 1)
+    drafted = sum(a.decode for _, a in pairs) / max(sum(a.decoded for _, a in pairs), 1)
     checked = np.sum([a.checked for a in answers], axis=0)
     return {
         "questions": len(answers),
-        "tokens_per_step": sum(a.decoded for a in answers) / max(steps, 1),
+        "tokens_per_step": tokens / max(steps, 1),
         "checked_share": 1 - checked[0] / max(steps, 1),
         "draft_share": sum(a.drafting for a in answers) / max(predicted, 1e-9),
         "check_cost": answers[-1].check[-1],
-        "speedup": sum(p.decode for p in plain) / sum(a.decode for a in answers),
+        "speedup": rate / drafted if pairs else 1.0,
         "speedup_p10": float(np.percentile(ratios, 10)),
         "speedup_p90": float(np.percentile(ratios, 90)),
         # What the parts cost says of the same steps: a plain one is one pass.
-        "predicted": sum(p.decoded for p in plain) / max(predicted, 1e-9),
-        "whole": sum(p.prefill + p.decode for p in plain) / sum(a.prefill + a.decode for a in answers),
+        "predicted": tokens / max(predicted, 1e-9),
+        # Of answers as long as the plain ones.
+        "whole": sum(p.prefill + p.decode for p, _ in pairs)
+        / max(sum(a.prefill + a.decode * p.decoded / a.decoded for p, a in pairs), 1e-9),
         "same": sum(a.tokens == p.tokens for a, p in zip(answers, plain, strict=True)),
     }
 
