@@ -101,8 +101,7 @@ def summary(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any
     steps, predicted, tokens = (sum(getattr(a, key) for a in answers) for key in ("steps", "predicted", "decoded"))
     pairs = [(p, a) for p, a in zip(plain, answers, strict=True) if p.decoded and a.decoded]
     ratios = [p.decode / p.decoded / (a.decode / a.decoded) for p, a in pairs] or [1.0]
-    rate = sum(p.decode for p, _ in pairs) / max(sum(p.decoded for p, _ in pairs), 1)
-    drafted = sum(a.decode for _, a in pairs) / max(sum(a.decoded for _, a in pairs), 1)
+    rates = [sum(x.decode for x in side) / sum(x.decoded for x in side) for side in zip(*pairs, strict=True)]
     checked = np.sum([a.checked for a in answers], axis=0)
     return {
         "questions": len(answers),
@@ -110,7 +109,7 @@ def summary(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any
         "checked_share": 1 - checked[0] / max(steps, 1),
         "draft_share": sum(a.drafting for a in answers) / max(predicted, 1e-9),
         "check_cost": answers[-1].check[-1],
-        "speedup": rate / drafted if pairs else 1.0,
+        "speedup": rates[0] / rates[1] if pairs else 1.0,
         "speedup_p10": float(np.percentile(ratios, 10)),
         "speedup_p90": float(np.percentile(ratios, 90)),
         # What the parts cost says of the same steps: a plain one is one pass.

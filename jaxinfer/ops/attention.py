@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Shaped, UInt8
 
 from jaxinfer.errors import InputError
 from jaxinfer.ops.cpu_attention import on_cpu
+from jaxinfer.ops.heads import group_heads, join_heads
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.token_tree import TokenTree, last_slot, tree_visible
 from jaxinfer.ops.tpu_attention import tpu_attention
@@ -154,13 +155,6 @@ def visible(
     return s <= p if window is None else (s <= p) & (s > p - window)
 
 
-def group_heads(q: Float[Array, "B T N H"], kv_heads: int, scale: float) -> Float[Array, "B K GT H"]:
-    """Return scaled queries, those that read one key head side by side."""
-    B, T, N, H = q.shape
-    G = N // kv_heads
-    return (q * scale).reshape(B, T, kv_heads, G, H).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, G * T, H)
-
-
 class Share(NamedTuple):
     """What some slots contribute to a softmax: `out / total` is their attention; weights are `exp(score - peak)`."""
 
@@ -225,5 +219,4 @@ def _widened(codes: Array, dtype: jnp.dtype) -> Array:
 
 def ungroup_heads(shares: Share, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """Return the attention that the shares amount to, in the layout and dtype of the queries `q`."""
-    out = shares.out / shares.total
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    return join_heads(shares.out / shares.total).astype(q.dtype)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.ops import cpu_kernels
+from jaxinfer.ops.cpu_kernels_vectors import LANES
+from jaxinfer.ops.heads import group_heads, join_heads
 from jaxinfer.ops.placement import free_axes
 
 MOST_QUERIES = 16  # of a row: above, XLA's products have enough rows
 _ITEMS = 8  # into which the work is cut at least, so that no thread waits long for another
-_LANES = 16
 
 
 def on_cpu(
@@ -30,7 +31,7 @@ def on_cpu(
     It is differentiated as `xla(q, k, v, positions)` is.
     """
     floats = all(x.dtype == jnp.float32 for x in (q, k, v))
-    if not floats or q.shape[1] > MOST_QUERIES or q.shape[3] % _LANES or 0 in (*q.shape, *k.shape):
+    if not floats or q.shape[1] > MOST_QUERIES or q.shape[3] % LANES or 0 in (*q.shape, *k.shape):
         return xla(q, k, v, positions)
     if free_axes() or not cpu_kernels.available():  # machine code is called on one device
         return xla(q, k, v, positions)
@@ -51,10 +52,9 @@ def _call(q, k, v, positions, scale: float, window: int | None) -> Array:
     K, S = k.shape[1:3]
     G = N // K
     parts = -(-_ITEMS // (B * K)) if B * K < _ITEMS else 1
-    grouped = (q * scale).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
     stop = jnp.clip(positions + 1, 0, S)
     start = jnp.zeros_like(stop) if window is None else jnp.maximum(positions - window + 1, 0)
     bounds = jnp.broadcast_to(jnp.stack([start, stop], axis=-1)[:, None, None], (B, K, G, T, 2))
     bounds = bounds.astype(jnp.int32).reshape(B * K, G * T, 2)
-    out = cpu_kernels.attention(grouped.reshape(B * K, G * T, H), bounds, k, v, parts)
-    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out = cpu_kernels.attention(group_heads(q, K, scale).reshape(B * K, G * T, H), bounds, k, v, parts)
+    return join_heads(out.reshape(B, K, G, T, H))

@@ -2,7 +2,16 @@
 
 from jaxinfer.ops.cpu_kernels_call import Job, Kernel
 from jaxinfer.ops.cpu_kernels_ir import Code, Value
-from jaxinfer.ops.cpu_kernels_vectors import LANES, add_product, load, rounded_down, tiles
+from jaxinfer.ops.cpu_kernels_vectors import (
+    LANES,
+    add_product,
+    exp,
+    largest,
+    load,
+    maximum,
+    rounded_down,
+    tiles,
+)
 
 _TILE = 64  # slots whose keys and values, at 64 entries a head, fit the first cache
 _ROWS = (2, 1)  # queries that meet four keys together
@@ -68,7 +77,7 @@ def _merge(code: Code, job: Job, out: Value, shares: Value, parts: int, H: int) 
         peaks = [load(code, row, H + 1, "float", 1) for row in rows]
         peak = peaks[0]
         for other in peaks[1:]:
-            peak = code.call("float", "llvm.maximum.f32", peak, other)
+            peak = maximum(code, peak, other)
         total, sums = (
             code.variable(0.0, "float"),
             [code.variable(0.0, f"<{LANES} x float>") for _ in range(0, H, LANES)],
@@ -79,7 +88,7 @@ def _merge(code: Code, job: Job, out: Value, shares: Value, parts: int, H: int) 
             for n, value in enumerate(sums):
                 add_product(code, value, load(code, row, n * LANES, "float", LANES), code.splat(weight, LANES))
         # The peak itself weighs 1: the sum is less only where nothing is seen.
-        total = code.splat(code.call("float", "llvm.maximum.f32", total.get(), code.constant(1e-30, "float")), LANES)
+        total = code.splat(maximum(code, total.get(), code.constant(1e-30, "float")), LANES)
         for n, value in enumerate(sums):
             code.store(value.get() / total, code.at(out, i * H + n * LANES, "float"))
 
@@ -145,13 +154,12 @@ def _add(code: Code, row: Value, scores: Value, v: Value, start: Value, low: Val
         with code.loop(begin, end) as j:
             code.store(masked, code.at(scores, j, "float"))
     tile = [load(code, scores, n, "float", LANES) for n in range(0, _TILE, LANES)]
-    largest = tile[0]
+    highest = tile[0]
     for part in tile[1:]:
-        largest = code.call(largest.type, f"llvm.maximum.v{LANES}f32", largest, part)
+        highest = maximum(code, highest, part)
     total, before = (code.at(row, H + n, "float") for n in (0, 1))
     old = code.load(before, "float")
-    peak = code.call("float", f"llvm.vector.reduce.fmaximum.v{LANES}f32", largest)
-    peak = code.call("float", "llvm.maximum.f32", peak, old)
+    peak = maximum(code, largest(code, highest), old)
     code.store(peak, before)
     shrink = exp(code, old - peak)
     sums = None
@@ -168,26 +176,3 @@ def _add(code: Code, row: Value, scores: Value, v: Value, start: Value, low: Val
             add_product(code, value, weight, load(code, v, s * H + n * LANES, "float", LANES))
     for n, value in enumerate(out):
         code.store(value.get(), code.at(row, n * LANES, "float"))
-
-
-def exp(code: Code, x: Value) -> Value:
-    """Return e to the power of x, which is at most 0, within 2 units in the last place; NaN of NaN."""
-    lanes = x.lanes
-    vector = (lambda kind: f"<{lanes} x {kind}>") if lanes > 1 else (lambda kind: kind)
-    suffix = f"v{lanes}f32" if lanes > 1 else "f32"
-
-    def fma(a: Value, b: Value | float, c: Value | float) -> Value:
-        b, c = (y if isinstance(y, Value) else code.constant(y, x.type) for y in (b, c))
-        return code.call(x.type, f"llvm.fma.{suffix}", a, b, c)
-
-    x = code.call(x.type, f"llvm.maximum.{suffix}", x, code.constant(-87.0, x.type))
-    # Added to 1.5 * 2^23, a number is a whole one, in the low bits.
-    shifted = fma(x, 1.4426950408889634, 12582912.0)
-    whole = shifted - 12582912.0
-    r = fma(whole, -0.693359375, x)  # ln 2 in two parts, of which the first times `whole` is exact
-    r = fma(whole, 2.12194440e-4, r)
-    y = code.constant(1.9875691500e-4, x.type)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
-        y = fma(y, r, c)
-    power = code.cast("bitcast", shifted, vector("i32")) * (1 << 23) + (127 << 23)
-    return y * code.cast("bitcast", power, x.type)

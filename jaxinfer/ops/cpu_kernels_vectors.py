@@ -45,7 +45,22 @@ def load_float(code: Code, pointer: Value, index: Value | int, kind: str, lanes:
 
 def add_product(code: Code, total: Variable, a: Value, b: Value) -> None:
     """Add `a * b` to a float variable, rounded once."""
-    total.set(code.call(total.type, f"llvm.fma.{_suffix(a)}", a, b, total.get()))
+    total.set(fma(code, a, b, total.get()))
+
+
+def fma(code: Code, a: Value, b: Value, c: Value) -> Value:
+    """Return `a * b + c`, rounded once."""
+    return code.call(a.type, f"llvm.fma.{_suffix(a)}", a, b, c)
+
+
+def maximum(code: Code, a: Value, b: Value) -> Value:
+    """Return the larger, entry by entry; NaN where one is."""
+    return code.call(a.type, f"llvm.maximum.{_suffix(a)}", a, b)
+
+
+def largest(code: Code, vector: Value) -> Value:
+    """Return the largest entry; NaN where one is."""
+    return code.call("float", f"llvm.vector.reduce.fmaximum.{_suffix(vector)}", vector)
 
 
 def dot_bytes(code: Code, isa: str, total: Value, w: Value, x: Value, *, narrow: bool = False) -> Value:
@@ -62,13 +77,15 @@ def dot_bytes(code: Code, isa: str, total: Value, w: Value, x: Value, *, narrow:
         wide, multiply = _pair_products(lanes)
         name = "llvm.x86.avx2.pmadd.ub.sw" if lanes == 8 else "llvm.x86.ssse3.pmadd.ub.sw.128"
         return total + code.call(total.type, multiply, code.call(wide, name, w, x), code.constant(1, wide))
-    return dot_entries(code, isa, total, *(code.cast("sext", v, f"<{4 * lanes} x i16>") for v in (w, x)))
+    return _dot_wide(code, total, *(code.cast("sext", v, f"<{4 * lanes} x i16>") for v in (w, x)))
 
 
 def dot_entries(code: Code, isa: str, total: Value, w: Value, x: Value) -> Value:
     """Return what `dot_bytes` does of entries of the kind that `entry_kind` names."""
-    if entry_kind(isa) == "i8":
-        return dot_bytes(code, isa, total, w, x)
+    return dot_bytes(code, isa, total, w, x) if entry_kind(isa) == "i8" else _dot_wide(code, total, w, x)
+
+
+def _dot_wide(code: Code, total: Value, w: Value, x: Value) -> Value:
     lanes = total.lanes
     _, multiply = _pair_products(lanes)
     for half in (range(2 * lanes), range(2 * lanes, 4 * lanes)):
@@ -103,13 +120,12 @@ def dot_floats(code: Code, a: Value, kind: str, b: Value | None, size: Value) ->
 
 def int8_scale(code: Code, x: Value, size: Value) -> Value:
     """Return the largest magnitude of `size` floats over 127, and next to nothing where all are zero; keep a NaN."""
-    largest = {LANES: code.variable(0.0, f"<{LANES} x float>"), 1: code.variable(1e-30, "float")}
+    found = {LANES: code.variable(0.0, f"<{LANES} x float>"), 1: code.variable(1e-30, "float")}
     for i, lanes in tiles(code, code.zero, size, (LANES, 1)):
         value = load(code, x, i, "float", lanes)
         magnitude = code.call(value.type, f"llvm.fabs.{_suffix(value)}", value)
-        largest[lanes].set(code.call(value.type, f"llvm.maximum.{_suffix(value)}", largest[lanes].get(), magnitude))
-    vector = code.call("float", f"llvm.vector.reduce.fmaximum.v{LANES}f32", largest[LANES].get())
-    return code.call("float", "llvm.maximum.f32", vector, largest[1].get()) / 127.0
+        found[lanes].set(maximum(code, found[lanes].get(), magnitude))
+    return maximum(code, largest(code, found[LANES].get()), found[1].get()) / 127.0
 
 
 def to_int8(code: Code, x: Value, scale: Value, kind: str = "i8") -> Value:
@@ -118,6 +134,25 @@ def to_int8(code: Code, x: Value, scale: Value, kind: str = "i8") -> Value:
     nearest = code.call(x.type, f"llvm.rint.{_suffix(x)}", ratio)
     integer = code.cast("fptosi", nearest, x.type.replace("float", "i32"))
     return code.cast("trunc", integer, x.type.replace("float", kind))
+
+
+def exp(code: Code, x: Value) -> Value:
+    """Return e to the power of x, which is at most 0, within 2 units in the last place; NaN of NaN."""
+
+    def number(value: float) -> Value:
+        return code.constant(value, x.type)
+
+    x = maximum(code, x, number(-87.0))
+    # Added to 1.5 * 2^23, a number is a whole one, in the low bits.
+    shifted = fma(code, x, number(1.4426950408889634), number(12582912.0))
+    whole = shifted - 12582912.0
+    r = fma(code, whole, number(-0.693359375), x)  # ln 2 in two parts, of which the first times `whole` is exact
+    r = fma(code, whole, number(2.12194440e-4), r)
+    y = number(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
+        y = fma(code, y, r, number(c))
+    power = code.cast("bitcast", shifted, x.type.replace("float", "i32")) * (1 << 23) + (127 << 23)
+    return y * code.cast("bitcast", power, x.type)
 
 
 def _suffix(value: Value) -> str:
