@@ -4,11 +4,11 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxinfer.decode.draft import Drafter, Known
 from jaxinfer.decode.pace import Costs
@@ -53,15 +53,23 @@ def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]
         jnp.zeros((batch, slots), jnp.int32).at[:, : len(row)].set(jnp.asarray(row)), jnp.full(batch, len(row))
     )
     own = drafter.prepare(model, [row[:-1]] * batch, slots)
-    cache = model.init_cache(batch, slots)
-    cache = cache.longer(jnp.full(batch, len(row) - 1))
-    runs: list[Callable[[], Any]] = []
+    # A check changes the cache in place, as a step does: a copy of it would cost every width the same.
+    held = [model.init_cache(batch, slots).longer(jnp.full(batch, len(row) - 1))]
+
+    def check(width: int, tree: TokenTree | None) -> Array:
+        tokens, cache = _checks(model, held.pop(), width + 1, tree)
+        held.append(cache)
+        return tokens
+
+    def draft(width: int) -> Array:
+        return _drafts(model, drafter, own, held[0], known, np.int32(width))
+
+    runs: list[Callable[[], Array]] = []
     for width in widths:
         parents = drafter.parents[: width + 1]
         tree = None if parents == chain(width) else TokenTree.of(parents)
-        runs.append(functools.partial(_checks, model, cache, width + 1, tree))
-    for width in widths:
-        runs.append(functools.partial(_drafts, model, drafter, own, cache, known, np.int32(width)))
+        runs.append(functools.partial(check, width, tree))
+    runs += [functools.partial(draft, width) for width in widths]
     best = [float("inf")] * len(runs)
     for round_ in range(_ROUNDS):  # in turns, so that a busy moment does not fall on one of them
         for i, run in enumerate(runs):
@@ -77,7 +85,7 @@ def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("width",))
+@functools.partial(jax.jit, static_argnames=("width",), donate_argnames=("cache",))
 def _checks(model, cache, width: int, tree):
     """Feed `width` tokens and forget them, again and again; a pass takes the tokens that the last one liked."""
     start = cache.length
@@ -87,7 +95,8 @@ def _checks(model, cache, width: int, tree):
         hidden, cache = model(tokens, cache, jnp.full((len(tokens),), width, jnp.int32), tree)
         return cache.rewind(start), jnp.argmax(model.logits(hidden), axis=2).astype(jnp.int32)
 
-    return jax.lax.fori_loop(0, _PASSES, one, (cache, jnp.zeros((len(start), width), jnp.int32)))[1]
+    cache, tokens = jax.lax.fori_loop(0, _PASSES, one, (cache, jnp.zeros((len(start), width), jnp.int32)))
+    return tokens, cache
 
 
 @jax.jit

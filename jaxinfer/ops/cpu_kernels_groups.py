@@ -2,9 +2,21 @@
 
 from jaxinfer.ops.cpu_kernels_call import Job, Kernel
 from jaxinfer.ops.cpu_kernels_ir import Code, Value
-from jaxinfer.ops.cpu_kernels_vectors import LANES, add_product, dot_bytes, int8_scale, int_lanes, load, tiles, to_int8
+from jaxinfer.ops.cpu_kernels_vectors import (
+    ENTRY_BYTES,
+    LANES,
+    add_product,
+    dot_entries,
+    entry_kind,
+    int8_scale,
+    int_lanes,
+    load,
+    read_weight,
+    tiles,
+    to_int8,
+)
 
-_X_ROWS = (4, 1)  # rows of x that meet a row of the weight together
+_X_ROWS = (8, 4, 2, 1)  # rows of x that meet a row of the weight together
 _FIRST = 16  # int32 entries in which the sum of a group lies ready: in the first, the others zero
 
 
@@ -14,6 +26,7 @@ def int8_groups_kernel(isa: str, group: int) -> Kernel:
     `group` is a multiple of 16. Sums are int32 within a group and float32, lane by lane, over the groups.
     """
     unsigned = isa == "avx512_vnni"  # its instruction takes w + 128: a group's sum starts at -128 * sum(x)
+    kind = entry_kind(isa)
     widths, left = [], group
     for lanes in int_lanes(isa):
         widths += [lanes] * (left // (4 * lanes))
@@ -21,14 +34,14 @@ def int8_groups_kernel(isa: str, group: int) -> Kernel:
     places = [4 * sum(widths[:n]) for n in range(len(widths))]
 
     def workspace(M: Value, I: Value, G: Value) -> Value:
-        return M * I + M * (I // group) * (4 + 4 * _FIRST)
+        return M * I * ENTRY_BYTES[kind] + M * (I // group) * (4 + 4 * _FIRST)
 
     def parts(code: Code, job: Job, m: Value) -> tuple[Value, Value, Value]:
         """Return row m of x in int8, its scales, and what its groups' sums start at."""
         groups = job.I // group
-        scales = code.at(job.workspace, job.M * job.I + m * groups * 4)
-        firsts = code.at(job.workspace, job.M * job.I + job.M * groups * 4 + m * groups * (4 * _FIRST))
-        return code.at(job.workspace, m * job.I), scales, firsts
+        after = code.at(job.workspace, job.M * job.I, kind)
+        firsts = code.at(after, job.M * groups + m * groups * _FIRST, "i32")
+        return code.at(job.workspace, m * job.I, kind), code.at(after, m * groups, "i32"), firsts
 
     def prepare(code: Code, job: Job) -> None:
         with code.loop(code.zero, job.M) as m:
@@ -39,8 +52,8 @@ def int8_groups_kernel(isa: str, group: int) -> Kernel:
                 code.store(scale, code.at(scales, g, "float"))
                 total = code.variable(0, f"<{LANES} x i32>")
                 for i, lanes in tiles(code, code.zero, code.constant(group, "i64"), (LANES,)):
-                    values = to_int8(code, load(code, x, i, "float", lanes), scale)
-                    code.store(values, code.at(row, g * group + i))
+                    values = to_int8(code, load(code, x, i, "float", lanes), scale, kind)
+                    code.store(values, code.at(row, g * group + i, kind))
                     if unsigned:
                         total.set(total.get() + code.cast("sext", values, total.type))
                 if unsigned:
@@ -58,15 +71,16 @@ def int8_groups_kernel(isa: str, group: int) -> Kernel:
                 with code.loop(code.zero, job.I // group) as g:
                     dots = [{} for _ in xs]
                     for place, lanes in zip(places, widths, strict=True):
-                        part = load(code, w, g * group + place, "i8", 4 * lanes)
+                        part = read_weight(code, w, g * group + place, 4 * lanes)
                         part = part ^ -128 if unsigned else part
+                        part = code.cast("sext", part, f"<{4 * lanes} x {kind}>") if kind != "i8" else part
                         for dot, (row, _, firsts) in zip(dots, xs, strict=True):
                             if lanes not in dot:
                                 begins = unsigned and not dot
                                 zero = code.constant(0, f"<{lanes} x i32>")
                                 dot[lanes] = load(code, firsts, g * _FIRST, "i32", lanes) if begins else zero
-                            x = load(code, row, g * group + place, "i8", 4 * lanes)
-                            dot[lanes] = dot_bytes(code, isa, dot[lanes], part, x)
+                            x = load(code, row, g * group + place, kind, 4 * lanes)
+                            dot[lanes] = dot_entries(code, isa, dot[lanes], part, x)
                     for dot, total, (_, scales, _) in zip(dots, totals, xs, strict=True):
                         s = load(code, scales, g, "float", 1)
                         for lanes, value in dot.items():

@@ -1,7 +1,6 @@
 """The products themselves, in LLVM IR: int8 x int8, and float32 or per-group int8 against quantized weights.
 
-All of them read the weight row after row, as it lies in memory: that is what the prefetcher of a processor can follow,
-and several rows at a time came at less than half the speed.
+All of them read the weight row after row, as it lies in memory: several at a time came at less than half the speed.
 """
 
 from jaxinfer.ops.cpu_kernels_call import Job, Kernel
@@ -18,13 +17,14 @@ from jaxinfer.ops.cpu_kernels_vectors import (
     int_lanes,
     load,
     load_float,
+    read_weight,
     rounded_down,
     tiles,
     to_int8,
     whole,
 )
 
-_INT8_ROWS, _X_ROWS = (8, 4, 1), (4, 1)  # rows of x that meet a row of the weight together
+_INT8_ROWS, _X_ROWS = (8, 4, 2, 1), (4, 1)  # rows of x that meet a row of the weight together
 _RUN = 32  # entries of a row whose 4-bit values share 16 bytes
 
 
@@ -87,7 +87,7 @@ def _int8_dots(code: Code, isa: str, xs: list[Value], w: Value, I: Value) -> lis
         folded = [code.fold(total.get()) for total in totals] or [0] * len(xs)
         totals = [code.variable(value, f"<{lanes} x i32>") for value in folded]
         for i in whole(code, start, I, 4 * lanes):
-            part = load(code, w, i, "i8", 4 * lanes)
+            part = read_weight(code, w, i, 4 * lanes)
             part = part ^ -128 if unsigned else part
             part = code.cast("sext", part, f"<{4 * lanes} x {kind}>") if kind != "i8" else part
             for x, total in zip(xs, totals, strict=True):
@@ -147,7 +147,7 @@ def _int8_group(code, qtype, isa, xs, w, start, stop):
     sizes = (4 * LANES, LANES, 1) if len(xs) == 1 else (LANES, 1)  # one row needs several sums that don't wait
     sums = [{n: code.variable(0.0, f"<{n} x float>" if n > 1 else "float") for n in sizes} for _ in xs]
     for i, lanes in tiles(code, start, stop, sizes):
-        entries = code.cast("sitofp", load(code, w, i, "i8", lanes), sums[0][lanes].type)
+        entries = code.cast("sitofp", read_weight(code, w, i, lanes), sums[0][lanes].type)
         for x, total in zip(xs, sums, strict=True):
             add_product(code, total[lanes], entries, load(code, x, i, "float", lanes))
     if len(xs) == 1:
@@ -222,7 +222,7 @@ def q4_kernel(qtype: str, isa: str, *, scale: str, offset: bool, runs: int) -> K
                     totals = [code.variable(value, f"<{lanes} x float>") for value in folded]
                     for p in whole(code, begin, end, 4 * lanes):
                         wide = _scales_of(code, row, p // run_bytes, scale, lanes, runs)
-                        packed = load(code, w, p, "i8", 4 * lanes)
+                        packed = read_weight(code, w, p, 4 * lanes)
                         packed = packed ^ -120 if qtype == "int4" else packed  # 0x88: -8..7 becomes 0..15
                         nibbles = packed & 15, packed >> 4
                         for (low, high, scales, eights, _), total in zip(xs, totals, strict=True):

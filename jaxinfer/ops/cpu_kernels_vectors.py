@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from jaxinfer.ops.cpu_kernels_ir import Code, Value, Variable
 
 ENTRY_BYTES = {"i8": 1, "i16": 2}
+_AHEAD = 2048  # bytes from what is read of a weight to what is asked for
 LANES = 16  # of float arithmetic, which LLVM splits where registers are narrower
 
 
@@ -35,6 +36,16 @@ def int_lanes(isa: str) -> tuple[int, ...]:
 def load(code: Code, pointer: Value, index: Value | int, kind: str, lanes: int) -> Value:
     """Return `lanes` entries at an index; one is a scalar."""
     return code.load(code.at(pointer, index, kind), f"<{lanes} x {kind}>" if lanes > 1 else kind)
+
+
+def read_weight(code: Code, pointer: Value, index: Value, count: int) -> Value:
+    """Return `count` bytes of a weight that is read in order, and ask for those some way after them.
+
+    What a processor fetches by itself comes too late, and hardly ever where two rows are read together.
+    """
+    ahead = code.at(code.at(pointer, index), _AHEAD)
+    code.call("void", "llvm.prefetch.p0", ahead, *(code.constant(n, "i32") for n in (0, 3, 1)))  # to read; keep; data
+    return load(code, pointer, index, "i8", count)
 
 
 def load_float(code: Code, pointer: Value, index: Value | int, kind: str, lanes: int) -> Value:
