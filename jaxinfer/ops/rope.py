@@ -4,9 +4,12 @@ import dataclasses
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxinfer.ops.placement import free_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +36,24 @@ def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: RopeC
     frequencies = _frequencies(rope, x.shape[-1], positions)  # [H/2], or [B, H/2] where it depends on the length
     angles = positions[..., None].astype(jnp.float32) * frequencies[..., None, :]
     magnitude = attention_magnitude(rope)
-    cos = (jnp.cos(angles) * magnitude)[:, :, None, :]
-    sin = (jnp.sin(angles) * magnitude)[:, :, None, :]
+    cos, sin = (x[:, :, None, :] * magnitude for x in _cos_and_sin(angles, positions))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _cos_and_sin(angles: Float[Array, "B T H/2"], positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """Return both. XLA's CPU backend would compute them anew for every head, one number at a time."""
+
+    def both(angles: Array) -> tuple[Array, Array]:
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def apart(angles: Array, positions: Array) -> tuple[Array, Array]:
+        # What a branch computes is not fused into what reads it, and the compiler can't know that it is always taken.
+        return jax.lax.cond(positions[0, 0] >= -1, both, lambda x: (x, x), angles)
+
+    if 0 in positions.shape or free_axes():  # on a mesh, all devices would have to agree on the branch
+        return both(angles)
+    return jax.lax.platform_dependent(angles, positions, cpu=apart, default=lambda angles, _: both(angles))
 
 
 def attention_magnitude(rope: RopeConfig) -> float:
