@@ -41,7 +41,7 @@ def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: RopeC
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _cos_and_sin(angles: Float[Array, "B T H/2"], positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+def _cos_and_sin(angles: Float[Array, "B T half"], positions: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Return both. XLA's CPU backend would compute them anew for every head, one number at a time."""
 
     def both(angles: Array) -> tuple[Array, Array]:
