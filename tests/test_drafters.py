@@ -51,6 +51,33 @@ def test_prompt_lookup(text, options, expected):
     assert draft.tokens[1].tolist() == [2, 1, 2, 1]
 
 
+@pytest.mark.parametrize(
+    "text,length,places",
+    [
+        ([4, 5, 6], 0, None),
+        ([1, 2, 3, 1], 1, "once"),
+        ([1, 2, 3, 1, 2, 4, 1], 1, "agree"),
+        ([1, 2, 3, 1, 4, 1], 1, "differ"),
+        ([7, 1, 2, 3, 8, 1, 4, 7, 1], 2, "once"),  # the longest match alone is asked: what followed 1 elsewhere is not
+        ([1, 2, 3, 4, 5, 6, 9, 1, 2, 3, 4, 5, 6], 4, "once"),
+    ],
+)
+def test_prompt_lookup_trusts_what_several_places_agree_on(text, length, places):
+    drafter = NGram(length=4)
+    draft = drafter.lookup(Known(jnp.asarray([text + [0] * 4], jnp.int32), jnp.asarray([len(text)], jnp.int32)))
+    index = 0 if places is None else 3 * length - 2 + ("once", "agree", "differ").index(places)
+    assert draft.trust.tolist() == [index]
+    once, agree, differ = (drafter.hopes[3 * 2 - 2 + n] for n in range(3))
+    assert len(drafter.hopes) == 13 and differ < once < agree and NGram(most=2).hopes == drafter.hopes[:7]
+
+
+def test_hopes_decide_before_anything_was_seen():
+    parents = (-1, 0, 1, 2)
+    gains = np.asarray(Pace.new((0.1, 0.9), 4).gains(parents, (0, 3)))
+    costs = Costs(jnp.asarray([1.0, 1.4]), jnp.zeros(2))
+    assert [int(choose_width(g, 1, costs, True)) for g in jnp.asarray(gains)] == [0, 1]
+
+
 def test_a_datastore_finds_what_a_search_through_the_corpus_finds():
     corpus = np.asarray(CORPUS)
     order = suffix_array(corpus)
@@ -126,7 +153,7 @@ def test_what_is_drafted_is_what_is_worth_it(name):
 
 def test_the_pace_learns_what_each_class_of_drafts_is_worth():
     parents = (-1, 0, 1, 0)
-    pace = Pace.new(2, 4)
+    pace = Pace.new((0.6, 0.6), 4)
     learn = functools.partial(pace.learn.__func__, parents=parents)
     for _ in range(200):  # class 1 always stands as far as node 2, of class 0 nothing does
         pace = learn(pace, trust=jnp.array([1, 0]), count=jnp.array([3, 3]), last=jnp.array([2, 0]))

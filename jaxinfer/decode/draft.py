@@ -55,7 +55,8 @@ class Drafter(Protocol):
     """What proposes tokens. It has a state of its own, a tree of arrays, and sees the target's.
 
     Three more things may be there: `wants`, numbers of the target's layers whose outputs `settle` is to be told;
-    `classes`, how many classes of trust it has (1); `widths`, draft lengths that it can be asked for.
+    `hopes`, what share of its drafts is expected to stand before any was seen, one for each class of trust
+    it has (0.6, one class); `widths`, draft lengths that it can be asked for.
     """
 
     @property

@@ -1,5 +1,6 @@
 """How much to draft: what a check is expected to keep, as learned while decoding, against what it costs here."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxinfer.ops.token_tree import TokenTree
 
 MEMORY = 1 - 1 / 48  # of what was learned, what one step leaves: a text changes, and what was bad may be good again
 PRIOR = 4.0  # drafts that were seen before any was
-HOPE = 0.6  # the share of them that stood: enough to try, where a check is not too dear
+HOPE = 0.6  # the share of them that stood, where a drafter knows none: enough to try, where a check is not too dear
 
 
 class Costs(NamedTuple):
@@ -26,16 +27,17 @@ class Pace(nnx.Module):
 
     stood: Float[Array, "C N"] = nnx.data()
     tried: Float[Array, "C N"] = nnx.data()
+    hopes: Float[Array, "C"] = nnx.data()  # the share that is expected to stand before any was seen
 
     @classmethod
-    def new(cls, classes: int, nodes: int) -> "Pace":
-        """Return one that knows nothing."""
-        return cls(stood=jnp.zeros((classes, nodes)), tried=jnp.zeros((classes, nodes)))
+    def new(cls, hopes: Sequence[float], nodes: int) -> "Pace":
+        """Return one that has seen nothing."""
+        return cls(stood=jnp.zeros((len(hopes), nodes)), tried=jnp.zeros((len(hopes), nodes)), hopes=jnp.asarray(hopes))
 
     def odds(self) -> Float[Array, "C N"]:
         """Return the probability that each node stands where its parent does."""
         # A node that was hardly ever reached is as good as its whole class.
-        whole = (self.stood.sum(axis=1) + HOPE * PRIOR) / (self.tried.sum(axis=1) + PRIOR)
+        whole = (self.stood.sum(axis=1) + self.hopes * PRIOR) / (self.tried.sum(axis=1) + PRIOR)
         return (self.stood + whole[:, None] * PRIOR) / (self.tried + PRIOR)
 
     def gains(self, parents: tuple[int, ...], widths: tuple[int, ...]) -> Float[Array, "C n"]:
@@ -61,7 +63,7 @@ class Pace(nnx.Module):
         rows = jnp.arange(len(self.stood))[:, None] == trust  # [C, B]
         tried = jnp.einsum("cb,bn->cn", rows.astype(jnp.float32), reached.astype(jnp.float32))
         stood = jnp.einsum("cb,bn->cn", rows.astype(jnp.float32), (reached & on_path).astype(jnp.float32))
-        return Pace(stood=MEMORY * self.stood + stood, tried=MEMORY * self.tried + tried)
+        return Pace(stood=MEMORY * self.stood + stood, tried=MEMORY * self.tried + tried, hopes=self.hopes)
 
 
 def widths_of(nodes: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from jaxinfer.decode.base import State
 from jaxinfer.decode.costs import costs_of
 from jaxinfer.decode.draft import Draft, Known, Outcome, Speculation
 from jaxinfer.decode.once import once
-from jaxinfer.decode.pace import Costs, Pace, choose_width, widths_of
+from jaxinfer.decode.pace import HOPE, Costs, Pace, choose_width, widths_of
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.token_tree import TokenTree
 
@@ -58,7 +58,7 @@ class Speculative(nnx.Module):
     @property
     def ready(self) -> bool:
         """Whether a draft is made before its width is chosen: one that tells how good it is costs next to nothing."""
-        return getattr(self.drafter, "classes", 1) > 1
+        return hasattr(self.drafter, "hopes")
 
     def prepare(self, model: Transformer, rows: Sequence[Sequence[int]], slots: int) -> Speculation:
         """Return the prompts, and the drafter's state for them; may measure what this device needs for a check."""
@@ -68,7 +68,7 @@ class Speculative(nnx.Module):
         length = jnp.asarray([len(row) for row in rows], jnp.int32)
         drafter, pace, costs = self.drafter, None, None
         if self.adapt:
-            pace = Pace.new(getattr(drafter, "classes", 1), 1 + self.nodes)
+            pace = Pace.new(getattr(drafter, "hopes", (HOPE,)), 1 + self.nodes)
             # What the decoder has itself stays there: the state is donated, step after step.
             costs = None if self.costs else costs_of(model, drafter, self.widths, len(rows), slots)
         return Speculation(

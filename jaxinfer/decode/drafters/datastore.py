@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxinfer.decode.base import State
 from jaxinfer.decode.draft import Draft, Known, Outcome
+from jaxinfer.decode.pace import HOPE
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
 
@@ -57,9 +58,9 @@ class Datastore(nnx.Module):
         return tuple(found)
 
     @property
-    def classes(self) -> int:
-        """As many as a match may be long."""
-        return self.most + 1
+    def hopes(self) -> tuple[float, ...]:
+        """A class for each length of a match, and nothing known of any."""
+        return (HOPE,) * (self.most + 1)
 
     @property
     def widths(self) -> tuple[int, ...]:
