@@ -73,9 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         gaps = [g for i in sorted(found) for g in found[i][name]]
         parted = [g for g in gaps if g is not None]
         worst = max([worst, *parted])
-        print(
-            f"{name}: {len(gaps) - len(parted)} of {len(gaps)} answers the same; largest gap {max(parted, default=0):.1e}"
-        )
+        same = f"{len(gaps) - len(parted)} of {len(gaps)} answers the same"
+        print(f"{name}: {same}; largest gap {max(parted, default=0):.1e}")
     if worst > TIE and not program.passes:
         print(f"greedy_law: error: scores {worst:.1e} apart where answers part: no tie", file=sys.stderr)
         return 1
