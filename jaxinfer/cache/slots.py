@@ -61,6 +61,12 @@ def pick(
     return jnp.where(taken.reshape(at.shape), picked, store)
 
 
+def ring_positions(end: Int[Array, "B"], size: int) -> Int[Array, "B R"]:
+    """Return the position in each slot of a ring that position end[b] - 1 was the last to enter; negative: none."""
+    last = end[:, None] - 1
+    return last - (last - jnp.arange(size)) % size
+
+
 def take_rows(cache: Tree, rows: Int[Array, "n"]) -> Tree:
     """Return a tree of arrays `[B, ...]` with row rows[i] as its row i."""
     return jax.tree.map(lambda store: store[rows], cache)
