@@ -64,12 +64,12 @@ class PackedPages(nnx.Module):
 
     def of_rows(self, index: Int[Array, "B"]) -> Groups:
         """Return one group of each row: group index[b] of row b."""
-        number = jnp.take_along_axis(self.table, index[:, None] // self.together, axis=1)
+        number = jnp.take_along_axis(self.table, index[:, None] // self.together, axis=1)[..., None]
 
         def part(x, i):
             own = x.shape[3] // self.together
             slots = index[:, None] % self.together * own + jnp.arange(own)
-            return jnp.moveaxis(x[number, i, :, slots], 1, 2)
+            return x[number, i, jnp.arange(x.shape[2])[:, None], slots[:, None]]  # by heads: see `write_one`
 
         return self._groups(part)
 
@@ -99,7 +99,9 @@ class PackedPages(nnx.Module):
 
         def put(pages, x):
             own = pages.shape[3] // self.together
-            return jax.lax.dynamic_update_slice(pages, x, (number, 0, 0, at * own, *(0,) * (x.ndim - 4)))
+            # A head's slot is an update of its own: XLA for TPU then keeps the pages' layout, and a loop copies none.
+            sides, heads = jnp.arange(2)[:, None, None], jnp.arange(pages.shape[2])[:, None]
+            return pages.at[number, sides, heads, at * own + jnp.arange(own)].set(x[0])
 
         return self._put(put, new)
 
