@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
 from jaxinfer.cache.slots import pick, take_rows
+from jaxinfer.ops.scatter import put_box
 
 GRID_DTYPE = jnp.bfloat16
 
@@ -92,8 +93,7 @@ class Groups(nnx.Module):
         """Return the groups with the one group of one row in `new` at group `index` of row `row`, in place."""
 
         def part(old, x):
-            own = old.shape[2] // self.count
-            return old.at[row, jnp.arange(old.shape[1])[:, None], index * own + jnp.arange(own)].set(x[0])
+            return put_box(old, (row, 0, index * (old.shape[2] // self.count)), x)
 
         return jax.tree.map(part, self, new)
 

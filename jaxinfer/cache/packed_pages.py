@@ -7,6 +7,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
 from jaxinfer.cache.groups import Groups, empty_groups
 from jaxinfer.cache.page_table import copy_pages, fork_pages, own_table
+from jaxinfer.ops.scatter import put, put_box
 
 
 @nnx.dataclass
@@ -69,7 +70,7 @@ class PackedPages(nnx.Module):
         def part(x, i):
             own = x.shape[3] // self.together
             slots = index[:, None] % self.together * own + jnp.arange(own)
-            return x[number, i, jnp.arange(x.shape[2])[:, None], slots[:, None]]  # by heads: see `write_one`
+            return x[number, i, jnp.arange(x.shape[2])[:, None], slots[:, None]]  # by heads: see `put_box`
 
         return self._groups(part)
 
@@ -85,25 +86,22 @@ class PackedPages(nnx.Module):
         number = jnp.take_along_axis(self.table, jnp.minimum(index, self.count - 1) // each, axis=1)
         number = jnp.where(kept, number, len(self.codes))[..., None]  # past the end: dropped
 
-        def put(pages, x):  # [B, 2, K, C * own, ...]
+        def part(pages, x):  # [B, 2, K, C * own, ...]
             own = pages.shape[3] // each
             x = x.reshape(*x.shape[:3], C, own, *x.shape[4:])
             slots = (index % each)[..., None] * own + jnp.arange(own)
-            return pages.at[number, :, :, slots].set(jnp.moveaxis(x, (3, 4), (1, 2)), mode="drop")
+            return put(pages, (number, slice(None), slice(None), slots), jnp.moveaxis(x, (3, 4), (1, 2)))
 
-        return self._put(put, new)
+        return self._put(part, new)
 
     def write_one(self, new: Groups, row: Int[Array, ""], index: Int[Array, ""]) -> "PackedPages":
         """Return the pages with the one group of one row in `new` at group `index` of row `row`, in place."""
         number, at = self.table[row, index // self.together], index % self.together
 
-        def put(pages, x):
-            own = pages.shape[3] // self.together
-            # A head's slot is an update of its own: XLA for TPU then keeps the pages' layout, and a loop copies none.
-            sides, heads = jnp.arange(2)[:, None, None], jnp.arange(pages.shape[2])[:, None]
-            return pages.at[number, sides, heads, at * own + jnp.arange(own)].set(x[0])
+        def part(pages, x):
+            return put_box(pages, (number, 0, 0, at * (pages.shape[3] // self.together)), x)
 
-        return self._put(put, new)
+        return self._put(part, new)
 
     def take(self, rows: Int[Array, "n"]) -> "PackedPages":
         """Return copies of rows, each in pages of its own."""
@@ -123,14 +121,14 @@ class PackedPages(nnx.Module):
         )
         return Groups(keys, k_scale, k_offset, values, v_scale, v_offset)
 
-    def _put(self, put, new: Groups) -> "PackedPages":
-        """Return the pages that `put(pages, new)` of each array gives."""
+    def _put(self, part, new: Groups) -> "PackedPages":
+        """Return the pages that `part(pages, new)` of each array gives."""
         pairs = (
             (self.codes, (new.k_codes, new.v_codes)),
             (self.key_grids, (new.k_scale, new.k_offset)),
             (self.value_grids, (new.v_scale, new.v_offset)),
         )
-        return PackedPages(*(put(pages, jnp.stack(x, axis=1)) for pages, x in pairs), self.table)
+        return PackedPages(*(part(pages, jnp.stack(x, axis=1)) for pages, x in pairs), self.table)
 
 
 def empty_pages(
