@@ -123,7 +123,7 @@ def test_branches_speculate(cache):
     assert decode(branches, 30) == [alone(program(cache), PREFIX + suffix, 30) for suffix in SUFFIXES]
 
 
-@pytest.mark.parametrize("cache", ["kv_paged", "kv_paged_int8", "kv_paged_int4"])
+@pytest.mark.parametrize("cache", ["kv_paged", "kv_paged_int4"])
 @pytest.mark.parametrize("steps", [1, 9])
 def test_nothing_is_copied_when_pages_are_appended_to(cache, steps):
     """A step over donated pages, and a loop of them, changes these, and takes no memory for a second pool."""
