@@ -3,12 +3,13 @@
     pip install --no-deps --target PEER tokamax immutabledict einshape typeguard==2.13.3 pydantic pydantic-core \\
         annotated-types typing-inspection absl-py
     python scripts/replay_measured.py --tokamax PEER [--kernel attention] [--rows 4096] [--out replay.jsonl]
+        [--timeout 1800]
 
 tokamax ships the times of its kernels with the tile sizes that it found: of the grouped matrix product (`ragged_dot`)
 on a TPU v5e, and of splash attention on a TPU 7x (`replay_attention.py`). Each is compiled and simulated with those
 tiles. Of a grouped product the first groups that fill `--rows` rows are (a whole one is too long to simulate), and
-scaled by the products. Prints a JSON line an entry, and the distribution of predicted over measured times. The product
-never imports tokamax.
+scaled by the products. Prints a JSON line an entry, and the distribution of predicted over measured times. A run that
+was stopped goes on where it was, with the same --out. The product never imports tokamax.
 """
 
 import argparse
@@ -163,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokamax", type=Path, required=True, help="the folder that it is installed in")
     parser.add_argument("--kernel", choices=["ragged_dot", "attention"], default="ragged_dot")
     parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="also write the lines to this file, and go on with it")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that an entry may take")
     parser.add_argument("--entry", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--dump", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -175,31 +177,41 @@ def main(argv: list[str] | None = None) -> None:
         line = replay_attention.simulate(entry, args.dump) if attention else simulate(entry, args.rows, args.dump)
         print(json.dumps(line))
         return
-    ratios = []
+    chip = replay_attention.CHIP if attention else "v5e"
+    written = args.out.read_text().splitlines() if args.out and args.out.exists() else []
+    done = {line["entry"]: line for line in map(json.loads, written) if line["chip"] == chip}
     for i, entry in enumerate(found):
-        with tempfile.TemporaryDirectory() as dump:
-            command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--entry", str(i), "--dump", dump]
-            run = subprocess.run(command, env=static_profile.environment(dump), capture_output=True, text=True)
-        line = {"chip": replay_attention.CHIP if attention else "v5e", **entry}
-        line.pop("groups", None)
-        answer = [text for text in run.stdout.splitlines() if text.startswith("{")]
-        if answer:
-            line |= json.loads(answer[0])
-            line["ratio"] = round(line["predicted_us"] / line["measured_us"], 3)
-            ratios.append(line["ratio"])
-        else:
-            line["error"] = " ".join(run.stderr.split())[-300:]
-        print(json.dumps(line), flush=True)
+        if i in done:
+            continue
+        shown = {name: x for name, x in entry.items() if name != "groups"}
+        done[i] = {"chip": chip, "entry": i, **shown, **replayed(i, entry, argv or sys.argv[1:], args.timeout)}
+        print(json.dumps(done[i]), flush=True)
         if args.out:
             with args.out.open("a") as file:
-                file.write(json.dumps(line) + os.linesep)
+                file.write(json.dumps(done[i]) + os.linesep)
+    ratios = sorted(line["ratio"] for line in done.values() if "ratio" in line)
     if ratios:
-        ratios.sort()
         print(
             f"predicted / measured of {len(ratios)} of {len(found)}: geometric mean "
             f"{statistics.geometric_mean(ratios):.2f}, median {statistics.median(ratios):.2f}, "
             f"from {ratios[0]:.2f} to {ratios[-1]:.2f}"
         )
+
+
+def replayed(number: int, entry: dict[str, Any], options: list[str], timeout: float) -> dict[str, Any]:
+    """Return what is known of an entry once it was simulated in a process of its own, or why it could not be."""
+    with tempfile.TemporaryDirectory() as dump:
+        command = [sys.executable, __file__, *options, "--entry", str(number), "--dump", dump]
+        environment = static_profile.environment(dump)
+        try:
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {"error": f"no result after {timeout:.0f} s"}
+    answer = [text for text in run.stdout.splitlines() if text.startswith("{")]
+    if not answer:
+        return {"error": " ".join(run.stderr.split())[-300:]}
+    line = json.loads(answer[0])
+    return {**line, "ratio": round(line["predicted_us"] / entry["measured_us"], 3)}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ KINDS: dict[str, CacheKind] = {
     "kivi_long_residual": Kivi(residual=16),
     "paged": Paged(page=4),
     "paged_int8": Paged(page=3, int8=True),
+    "paged_kivi": Kivi(group=4, residual=3, page=8),
+    "paged_kivi_2_bits": Kivi(bits=2, group=4, residual=0, page=4),
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 K, H, S = 2, 8, 19

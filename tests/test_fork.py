@@ -19,7 +19,8 @@ PREFIX = [int(t) for t in np.arange(75) * 7 % 96]
 SUFFIXES = [[5, 6, 7], [9], []]
 CACHES = {
     "dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",),
-    "kv_paged": ("kv_paged:page=8",), "kv_paged_int8": ("kv_paged:page=16,int8=true",),
+    "kv_paged": ("kv_paged:page=8",), "kv_paged_int8": ("kv_paged:page=16,store=int8",),
+    "kv_paged_int4": ("kv_paged:page=16,store=int4,group=8,residual=16",),
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def test_branches_write_what_rows_write_that_were_fed_whole(cache):
     assert branches.rows == [row + tokens[:-1] for row, tokens in zip(rows, found, strict=True)]
 
 
-@pytest.mark.parametrize("cache", ["kv_int4", "kv_paged"])
+@pytest.mark.parametrize("cache", ["kv_int4", "kv_paged", "kv_paged_int4"])
 def test_branches_of_branches_write_what_each_would_alone_and_join_into_one_row(cache):
     """Greedily; the joined row then goes on like any other."""
     ours, session = program(cache), Session(program(cache))
@@ -113,7 +114,7 @@ def test_a_fork_may_need_more_room_than_there_is():
     assert decode(branches, 60)[1] == alone(ours, [*PREFIX * 3, 8], 60)  # and decoding more than was asked for
 
 
-@pytest.mark.parametrize("cache", ["kv_paged", "kv_int4"])
+@pytest.mark.parametrize("cache", ["kv_paged", "kv_int4", "kv_paged_int4"])
 def test_branches_speculate(cache):
     ours = speculative(program(cache), "ngram")
     session = Session(ours)
@@ -122,16 +123,19 @@ def test_branches_speculate(cache):
     assert decode(branches, 30) == [alone(program(cache), PREFIX + suffix, 30) for suffix in SUFFIXES]
 
 
-def test_nothing_is_copied_when_pages_are_appended_to():
-    """A decode loop over donated pages takes no memory for a second pool."""
-    model = program("kv_paged").model
+@pytest.mark.parametrize("cache", ["kv_paged", "kv_paged_int4"])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_nothing_is_copied_when_pages_are_appended_to(cache, steps):
+    """A step over donated pages, and a loop of them, changes these, and takes no memory for a second pool."""
+    model = program(cache).model
 
     def loop(model, cache, tokens):
-        return jax.lax.fori_loop(0, 9, lambda _, cache: model(tokens, cache)[1], cache)
+        return jax.lax.fori_loop(0, steps, lambda _, cache: model(tokens, cache)[1], cache)
 
-    cache = jax.eval_shape(lambda: model.init_cache(2, 8192))
+    cache = jax.eval_shape(lambda: model.init_cache(2, 1 << 17))
     compiled = jax.jit(loop, donate_argnums=1).lower(model, cache, np.ones((2, 1), np.int32)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * nbytes(cache)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * nbytes(cache) and memory.alias_size_in_bytes > 0.99 * nbytes(cache)
 
 
 def test_mistakes_are_told_in_one_line():

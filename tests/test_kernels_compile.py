@@ -2,6 +2,7 @@
 
 import pytest
 from tpu import lines, needs_libtpu
+from tpu_programs import LOOPS
 
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.kernels import KERNELS, kernel
@@ -42,6 +43,10 @@ def test_under_shard_map_on_four_devices(chip):
         ("decode_kv_int4", {"kivi_attention": 2}),
         ("verify_kv_int4", {"kivi_attention": 2}),
         ("prefill_kv_int4", {"kivi_prefill_attention": 2}),
+        ("decode_kv_paged", {"paged_decode_attention": 2}),
+        ("decode_kv_paged_int4", {"paged_kivi_attention": 2}),
+        ("verify_kv_paged_int4", {"paged_kivi_attention": 2}),
+        ("prefill_kv_paged_int4", {"kivi_prefill_attention": 2}),
         ("decode_kv_int4_of_32", {}),
         ("prefill_kv_int8", {"prefill_attention": 2}),
         ("decode_int8", {"decode_attention": 2, "quantized_matmul": 15}),
@@ -57,6 +62,4 @@ def test_a_program_for_a_tpu_holds_the_kernels(program, kernels):
 
 def test_a_decode_loop_for_a_tpu_does_not_copy_its_cache():
     found = {line["program"]: line["copies"] for line in lines("tests/tpu_programs.py") if "copies" in line}
-    assert found == {
-        f"loop_{kind}_{at}": [] for kind in ("dense", "kv_int8", "kv_int4") for at in ("1_1", "4_1", "4_4")
-    }
+    assert found == {f"loop_{kind}_{at}": [] for kind in LOOPS for at in ("1_1", "4_1", "4_4")}

@@ -196,7 +196,12 @@ PIECES = {
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 @pytest.mark.parametrize(
     ("kind", "window"),
-    [(Kivi(group=8, residual=10), None), (Kivi(bits=2, group=12, residual=0), 50), (Kivi(group=32, residual=33), 5)],
+    [
+        (Kivi(group=8, residual=10), None),
+        (Kivi(group=8, residual=10, page=24), None),
+        (Kivi(bits=2, group=12, residual=0), 50),
+        (Kivi(group=32, residual=33), 5),
+    ],
     ids=str,
 )
 def test_each_query_reads_its_own_tokens_packed(kind, window, pieces):
@@ -209,8 +214,9 @@ def test_each_query_reads_its_own_tokens_packed(kind, window, pieces):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_kivi_is_rewound_exactly_within_its_slack(batch):
-    kind = Kivi(group=8, residual=10)
+@pytest.mark.parametrize("page", [None, 16])
+def test_kivi_is_rewound_exactly_within_its_slack(batch, page):
+    kind = Kivi(group=8, residual=10, page=page)
     kept, T = 260, LONG
     q, k, v = draw(0, batch, T, N, H), draw(1, batch, T, K, H), draw(2, batch, T, K, H)
     expected, _ = run(kind, q, k, v, [T + 5, *[1] * 10])
@@ -271,7 +277,7 @@ def test_bytes_a_token():
         assert cache_bytes(kind, 8192, 64, jnp.float32) - cache_bytes(kind, 4096, 64, jnp.float32) == 4096 * expected
 
 
-@pytest.mark.parametrize("kind", [QuantizedCache(), Kivi()], ids=str)
+@pytest.mark.parametrize("kind", [QuantizedCache(), Kivi(), Kivi(page=64)], ids=str)
 @pytest.mark.parametrize(("batch", "T"), [(1, 1), (3, 1), (1, 20)])
 def test_a_step_never_holds_the_cache_unpacked(kind, batch, T):
     slots, head = 16384, 32
@@ -313,6 +319,8 @@ def test_a_session_computes_a_row_again_where_the_cache_cant_go_back():
         (lambda: Kivi(group=0), "group=0"),
         (lambda: Kivi(residual=-1), "residual=-1"),
         (lambda: Kivi(bits=2, group=6), "group=6 of 2 bits: must be a multiple of 4"),
+        (lambda: Kivi(page=48), "page=48: must be a multiple of group=32 tokens"),
+        (lambda: apply(random_program(tiny_config()), "kv_paged:store=int5"), "kv_paged:store='int5': did you"),
         (lambda: apply(random_program(tiny_config()), "kv_int4:group=0"), "group=0"),
     ],
 )

@@ -110,8 +110,9 @@ def test_every_array_of_a_cache_is_divided_by_rows_and_heads(name):
 
 
 def test_pages_are_not_divided():
-    with pytest.raises(InputError, match=r"kv_paged on a mesh: .*leave it out"):
-        ji.shard(make_mesh({"data": 1}))(apply(Program(abstract(tiny_config())), "kv_paged"))
+    for form in ("kv_paged", "kv_paged:store=int4"):
+        with pytest.raises(InputError, match=r"kv_paged on a mesh: .*leave it out"):
+            ji.shard(make_mesh({"data": 1}))(apply(Program(abstract(tiny_config())), form))
 
 
 def check_law(line: dict) -> None:

@@ -19,6 +19,11 @@ CONFIG = ModelConfig(
     family="llama", vocab_size=512, embed_dim=256, mlp_dim=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128,
     max_context=512, tie_embeddings=False,
 )  # fmt: skip
+PAGED_INT4 = ("kv_paged", {"store": "int4", "group": 64, "page": 128})
+LOOPS = {
+    "dense": (), "kv_int8": ("kv_int8",), "kv_int4": (("kv_int4", {"group": 64}),), "kv_paged": ("kv_paged",),
+    "kv_paged_int4": (PAGED_INT4,),
+}  # fmt: skip
 PROGRAMS = [
     ("decode", 1, "bfloat16", ()),
     ("decode_float32", 1, "float32", ()),
@@ -28,6 +33,10 @@ PROGRAMS = [
     ("decode_kv_int4", 1, "bfloat16", (("kv_int4", {"group": 64}),)),
     ("verify_kv_int4", 4, "bfloat16", (("kv_int4", {"group": 64}),)),
     ("prefill_kv_int4", 64, "bfloat16", (("kv_int4", {"group": 64}),)),
+    ("decode_kv_paged", 1, "bfloat16", ("kv_paged",)),
+    ("decode_kv_paged_int4", 1, "bfloat16", (PAGED_INT4,)),
+    ("verify_kv_paged_int4", 4, "bfloat16", (PAGED_INT4,)),
+    ("prefill_kv_paged_int4", 64, "bfloat16", (PAGED_INT4,)),
     ("decode_kv_int4_of_32", 1, "bfloat16", ("kv_int4",)),
     ("prefill_kv_int8", 64, "bfloat16", ("kv_int8",)),
     ("decode_int8", 1, "bfloat16", ("int8",)),
@@ -91,7 +100,7 @@ def main() -> None:
     for name, tokens, dtype, passes in PROGRAMS:
         program = apply(base[dtype], *passes)
         print(json.dumps({"program": name, "kernels": kernels(program, tokens, "v5e")}), flush=True)
-    for name, passes in {"dense": (), "kv_int8": ("kv_int8",), "kv_int4": (("kv_int4", {"group": 64}),)}.items():
+    for name, passes in LOOPS.items():
         for batch, tokens in ((1, 1), (4, 1), (4, 4)):
             found = copies_in_a_loop(passes, batch, tokens)
             print(json.dumps({"program": f"loop_{name}_{batch}_{tokens}", "copies": found}), flush=True)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
-from jaxinfer.cache.slots import pick
+from jaxinfer.cache.slots import pick, take_rows
+from jaxinfer.ops.scatter import put_box
 
 GRID_DTYPE = jnp.bfloat16
 
@@ -46,6 +47,16 @@ class Groups(nnx.Module):
         """How many bits a code has."""
         return 8 * self.k_codes.shape[2] // self.v_scale.shape[2]
 
+    @property
+    def kv_heads(self) -> int:
+        """How many heads there are, K."""
+        return self.k_codes.shape[1]
+
+    @property
+    def together(self) -> int:
+        """How many groups lie together, so that only runs of them can be cut: each lies alone."""
+        return 1
+
     def cut(self, start: Int[Array, ""], count: int) -> "Groups":
         """Return groups start .. start + count - 1."""
 
@@ -65,6 +76,10 @@ class Groups(nnx.Module):
 
         return jax.tree.map(part, self)
 
+    def rows(self) -> "Groups":
+        """Return every row's groups, in rows of its own: that they are already."""
+        return self
+
     def write(self, new: "Groups", first: Int[Array, "B"], counts: Int[Array, "B"]) -> "Groups":
         """Return the groups with each row's first counts[b] new ones at its places from first[b]."""
 
@@ -78,10 +93,26 @@ class Groups(nnx.Module):
         """Return the groups with the one group of one row in `new` at group `index` of row `row`, in place."""
 
         def part(old, x):
-            own = old.shape[2] // self.count
-            return old.at[row, jnp.arange(old.shape[1])[:, None], index * own + jnp.arange(own)].set(x[0])
+            return put_box(old, (row, 0, index * (old.shape[2] // self.count)), x)
 
         return jax.tree.map(part, self, new)
+
+    def take(self, rows: Int[Array, "n"]) -> "Groups":
+        """Copy the rows."""
+        return take_rows(self, rows)
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "Groups":
+        """Copy the rows: nothing is shared."""
+        return take_rows(self, rows)
+
+
+def empty_groups(
+    batch: int, kv_heads: int, count: int, group: int, head_dim: int, bits: int, dtype: DTypeLike
+) -> Groups:
+    """Return `count` groups in each of `batch` rows that hold nothing yet, of numbers of a dtype."""
+    new = [jax.ShapeDtypeStruct((batch, kv_heads, count, group, head_dim), dtype)] * 2
+    groups = jax.eval_shape(functools.partial(quantize_groups, bits=bits), *new)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), groups)
 
 
 def packed_before(positions: Int[Array, "*B"], group: int, residual: int) -> Int[Array, "*B"]:

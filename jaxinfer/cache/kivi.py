@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxinfer.cache.groups import Groups, packed_before, quantize_groups
+from jaxinfer.cache.groups import Groups, empty_groups, packed_before, quantize_groups
 from jaxinfer.cache.packed_attention import as_share, packed_attention
-from jaxinfer.cache.slots import pick, take_rows, write
+from jaxinfer.cache.packed_pages import PackedPages, empty_pages
+from jaxinfer.cache.slots import pick, ring_positions, write
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import (
     QUERY_BLOCK,
@@ -34,11 +35,15 @@ TILE = 16  # groups whose scales fill a tile of a TPU's memory: the kernel reads
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kivi:
-    """The kind of cache that packs tokens in groups of `group` once `residual` newer ones have come after them."""
+    """The kind of cache that packs tokens in groups of `group` once `residual` newer ones have come after them.
+
+    With a `page`, packed groups are in pages of as many tokens, which rows forked from one share.
+    """
 
     bits: int = 4
     group: int = 32
     residual: int = 64
+    page: int | None = None
 
     def __post_init__(self):
         if self.bits not in (2, 4):
@@ -47,26 +52,24 @@ class Kivi:
             raise InputError(f"group={self.group}, residual={self.residual}: must be at least 1 and 0 tokens")
         if self.group * self.bits % 8:
             raise InputError(f"group={self.group} of {self.bits} bits: must be a multiple of {8 // self.bits} tokens")
+        if self.page is not None and (self.page < 1 or self.page % self.group):
+            raise InputError(f"page={self.page}: must be a multiple of group={self.group} tokens")
 
     def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "KiviLayer":
         """Return an empty cache; the newest tokens are kept in `dtype`."""
         count = max(0, slots - self.residual) // self.group  # groups that some query reads
-        if count > TILE and self.group % 64 == 0:
+        if self.page is None and count > TILE and self.group % 64 == 0:
             count = TILE * -(-count // TILE)
         recent = self.group * -(-(self.residual + self.group + SLACK) // self.group) if count else slots
+        empty = empty_groups if self.page is None else functools.partial(empty_pages, self.page)
         return KiviLayer(
-            groups=self._empty((batch, kv_heads, count, self.group, head_dim), dtype) if count else None,
+            groups=empty(batch, kv_heads, count, self.group, head_dim, self.bits, dtype) if count else None,
             k=jnp.zeros((batch, kv_heads, recent, head_dim), dtype),
             v=jnp.zeros((batch, kv_heads, recent, head_dim), dtype),
             chunk=None,
             kind=self,
             slots=slots,
         )
-
-    def _empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Groups:
-        new = [jax.ShapeDtypeStruct(shape, dtype)] * 2
-        groups = jax.eval_shape(functools.partial(quantize_groups, bits=self.bits), *new)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), groups)
 
     def boundary(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """Return how many tokens are quantized ones for a query at each position."""
@@ -87,7 +90,7 @@ class Chunk(nnx.Module):
 class KiviLayer(nnx.Module):
     """Packed groups of old tokens and a ring of R recent ones: position s is in slot s mod R."""
 
-    groups: Groups | None = nnx.data()  # None where the slots are too few for any
+    groups: Groups | PackedPages | None = nnx.data()  # None where the slots are too few for any
     k: Float[Array, "B K R H"] = nnx.data()
     v: Float[Array, "B K R H"] = nnx.data()
     chunk: Chunk | None = nnx.data()  # between append and attend
@@ -140,7 +143,7 @@ class KiviLayer(nnx.Module):
         if tree is not None:
             self._check_tree(q.shape[1])
         end = positions[:, 0] + (positions >= 0).sum(axis=1) if self.chunk is None else self.chunk.start
-        held = _held(end, self.k.shape[2])
+        held = ring_positions(end, self.k.shape[2])
         options |= dict(residual=self.kind.residual, consecutive=tree is None)  # none of a tree's nodes is packed yet
         old = packed_attention(q, self.groups, positions, **options)
 
@@ -171,11 +174,15 @@ class KiviLayer(nnx.Module):
 
     def take(self, rows: Int[Array, "n"]) -> "KiviLayer":
         """Copy the rows."""
-        return take_rows(self._settled(), rows)
+        base = self._settled()
+        groups = None if base.groups is None else base.groups.take(rows)
+        return base._replace(groups=groups, k=base.k[rows], v=base.v[rows])
 
     def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "KiviLayer":
-        """Copy the rows: nothing is shared."""
-        return self.take(rows)
+        """Copy the recent tokens; of the packed ones pages are shared that are full, and rows copied."""
+        base = self._settled()
+        groups = None if base.groups is None else base.groups.fork(rows, length, room)
+        return base._replace(groups=groups, k=base.k[rows], v=base.v[rows])
 
     def _check_tree(self, nodes: int) -> None:
         """Raise InputError where a tree's own nodes would be packed before they are read, or leave the ring."""
@@ -196,7 +203,7 @@ class KiviLayer(nnx.Module):
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=size, axis=2)
         return cut(self.chunk.k), cut(self.chunk.v), slots
 
-    def _packed(self, chunk: Chunk) -> Groups:
+    def _packed(self, chunk: Chunk) -> Groups | PackedPages:
         """Return the groups with those packed that the chunk completes."""
         G, T = self.kind.group, chunk.k.shape[2]
         first = chunk.start // G
@@ -208,7 +215,7 @@ class KiviLayer(nnx.Module):
         complete = (complete > 0) & (first < self.groups.count)
         rows = jnp.argsort(~complete)
 
-        def pack(i: Array, groups: Groups) -> Groups:
+        def pack(i: Array, groups: Groups | PackedPages) -> Groups | PackedPages:
             cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=rows[i], slice_size=1)
             own, new = jax.tree.map(cut, (self._replace(groups=None), chunk))
             return groups.write_one(own._quantized(new, 1), rows[i], first[rows[i]])
@@ -234,16 +241,10 @@ class KiviLayer(nnx.Module):
         if c.k.shape[2] == 1:
             k, v = (write(ring, new, c.start % R, c.counts) for ring, new in ((self.k, c.k), (self.v, c.v)))
         else:
-            offset = _held(c.start + c.counts, R) - c.start[:, None]
+            offset = ring_positions(c.start + c.counts, R) - c.start[:, None]
             k, v = (pick(ring, new, offset, c.counts) for ring, new in ((self.k, c.k), (self.v, c.v)))
         return self._replace(k=k, v=v, chunk=None)
 
     def _replace(self, **changes) -> "KiviLayer":
         fields = {name: getattr(self, name) for name in type(self).__dataclass_fields__}
         return KiviLayer(**{**fields, **changes})
-
-
-def _held(end: Int[Array, "B"], size: int) -> Int[Array, "B R"]:
-    """Return the position in each slot of a ring that position end[b] - 1 was the last to enter; negative: none."""
-    last = end[:, None] - 1
-    return last - (last - jnp.arange(size)) % size

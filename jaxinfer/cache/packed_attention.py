@@ -7,18 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache.groups import Groups, dequantize_groups, packed_before
+from jaxinfer.cache.packed_pages import PackedPages
 from jaxinfer.ops.attention import Share, by_query_blocks, group_heads, share, visible
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.online_attention import SLOT_BLOCK, merge, shares_of_blocks
 from jaxinfer.ops.tpu_attention import DECODE_TOKENS
-from pallas_kernels import kivi_attention, kivi_prefill_attention
+from pallas_kernels import kivi_attention, kivi_prefill_attention, paged_kivi_attention
 
 Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # attention over some slots, its log-sum-exp: float32
 
 
 def packed_attention(
     q: Float[Array, "B T N H"],
-    groups: Groups,
+    groups: Groups | PackedPages,
     positions: Int[Array, "B T"],
     *,
     residual: int,
@@ -68,19 +69,23 @@ def _by_kernel(q, groups, positions, *, consecutive, residual, **options: Any) -
         raise NotImplementedError(f"codes of {groups.bits} bits: must be of 4")
     if not consecutive and (options["window"] is not None or min(DECODE_TOKENS, G) < T):
         raise NotImplementedError(f"{T} queries that don't follow on one another: must be few, and without a window")
-    arrays = (groups.k_codes, groups.v_codes, groups.k_scale, groups.k_offset, groups.v_scale, groups.v_offset)
     boundary = packed_before(positions, G, residual)
     options |= dict(group=G, position=positions[:, 0], return_lse=True)
     if T > DECODE_TOKENS:
+        arrays = _arrays(groups.rows())
         out, lse = kivi_prefill_attention.tpu(q, *arrays, boundary.max(axis=1), residual=residual, **options)
         return out.astype(jnp.float32), lse
     # Padding comes last, so the first query's boundary is that of no other one's padding.
-    out, lse = kivi_attention.tpu(q, *arrays, boundary[:, 0], **options)
+    if isinstance(groups, PackedPages):
+        arrays = (groups.codes, groups.key_grids, groups.value_grids, groups.table)
+        out, lse = paged_kivi_attention.tpu(q, *arrays, boundary[:, 0], **options)
+    else:
+        out, lse = kivi_attention.tpu(q, *_arrays(groups), boundary[:, 0], **options)
     out = out.astype(jnp.float32)
     if T == 1:
         return out, lse
+    K = groups.kv_heads
     # One group at most is packed for some of a row's queries and not for its first.
-    K = groups.k_scale.shape[1]
     index = jnp.minimum(boundary[:, 0] // G, groups.count - 1)
     slots = index[:, None] * G + jnp.arange(G)
     seen = visible(positions, slots, options["window"])
@@ -90,11 +95,16 @@ def _by_kernel(q, groups, positions, *, consecutive, residual, **options: Any) -
     return as_part(merge(as_share(out, lse, K), more))
 
 
+def _arrays(groups: Groups) -> tuple[Array, ...]:
+    """Return the arrays of groups in the order of the kernels."""
+    return groups.k_codes, groups.v_codes, groups.k_scale, groups.k_offset, groups.v_scale, groups.v_offset
+
+
 def _by_blocks(q, groups, positions, *, residual, scale, window, softcap) -> Part:
     """Unpack a block of groups at a time."""
-    grouped = group_heads(q, groups.k_scale.shape[1], scale)
-    G, M = groups.size, groups.count
-    size = min(M, max(1, SLOT_BLOCK // G))
+    G, M, near = groups.size, groups.count, groups.together
+    size = min(M, near * max(1, SLOT_BLOCK // (near * G)))
+    grouped = group_heads(q, groups.kv_heads, scale)
     boundary = packed_before(positions, G, residual)
 
     def read(i: Array):

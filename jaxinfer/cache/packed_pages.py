@@ -1,32 +1,31 @@
 """Packed groups in pages that rows share (KIVI, 2402.02750; PagedAttention, 2309.06180)."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
-from jaxinfer.cache.groups import Groups, dequantize_groups
-from jaxinfer.cache.packed_attention import Part, as_part
-from jaxinfer.ops.attention import group_heads, visible
-from jaxinfer.ops.implementation import Implementation, choose
-from jaxinfer.ops.online_attention import SLOT_BLOCK, shares_of_blocks
-from jaxinfer.ops.tpu_attention import DECODE_TOKENS
-from pallas_kernels import paged_kivi_attention
+from jaxinfer.cache.groups import Groups, empty_groups
+from jaxinfer.cache.page_table import copy_pages, fork_pages, own_table
+from jaxinfer.ops.scatter import put, put_box
 
 
 @nnx.dataclass
 class PackedPages(nnx.Module):
-    """P pages of whole groups of G tokens, keys and values side by side: the layout of `paged_kivi_attention`.
+    """P pages of whole groups of G tokens, keys and values side by side, and the table that `page_table` is about.
 
-    Slot s of row b is slot `s % page` of page `table[b, s // page]`.
+    The layout is that of `pallas_kernels.paged_kivi_attention`; what a page holds is what `Groups` holds of a row.
     """
 
     codes: UInt8[Array, "P 2 K bytes H"] = nnx.data()
     key_grids: Float[Array, "P 2 K groups H"] = nnx.data()  # scales, offsets
     value_grids: Float[Array, "P 2 KR page"] = nnx.data()
+    table: Int[Array, "B M"] = nnx.data()
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads there are, K."""
+        return self.codes.shape[2]
 
     @property
     def page(self) -> int:
@@ -36,93 +35,108 @@ class PackedPages(nnx.Module):
     @property
     def size(self) -> int:
         """How many tokens are in a group, G."""
-        return self.page // self.key_grids.shape[3]
+        return self.page // self.together
 
-    def write(self, new: Groups, table: Int[Array, "B M"], index: Int[Array, "B"]) -> "PackedPages":
-        """Return the pages with one group a row in: group index[b] of row b; a row with a negative index has none."""
-        each = self.page // self.size
-        number = jnp.take_along_axis(table, jnp.maximum(index, 0)[:, None] // each, axis=1)
-        number = jnp.where(index[:, None] >= 0, number, len(self.codes))  # past the end: dropped
-        first = (jnp.maximum(index, 0) % each)[:, None]
+    @property
+    def together(self) -> int:
+        """How many groups lie together: those of a page."""
+        return self.key_grids.shape[3]
 
-        def put(pages, *new):
-            x = jnp.stack(new, axis=1)  # [B, 2, K, own, H], or [B, 2, KR, own]
-            at = first * x.shape[3] + jnp.arange(x.shape[3])
-            return pages.at[number, :, :, at].set(jnp.moveaxis(x, 3, 1), mode="drop")
+    @property
+    def count(self) -> int:
+        """How many groups a row may have."""
+        return self.table.shape[1] * self.together
 
-        return PackedPages(
-            put(self.codes, new.k_codes, new.v_codes),
-            put(self.key_grids, new.k_scale, new.k_offset),
-            put(self.value_grids, new.v_scale, new.v_offset),
-        )
+    @property
+    def bits(self) -> int:
+        """How many bits a code has."""
+        return 8 * self.codes.shape[3] // self.page
 
-    def gather(self, numbers: Int[Array, "B m"]) -> Groups:
-        """Return the groups of some pages of each row, one page after the other."""
+    def cut(self, start: Int[Array, ""], count: int) -> Groups:
+        """Return groups start .. start + count - 1 of each row: whole pages."""
+        each = self.together
+        numbers = jax.lax.dynamic_slice_in_dim(self.table, start // each, count // each, axis=1)
 
         def part(x, i):  # [B, m, K, own, ...] -> [B, K, m * own, ...]
             x = x[numbers, i].swapaxes(1, 2)
             return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
+        return self._groups(part)
+
+    def of_rows(self, index: Int[Array, "B"]) -> Groups:
+        """Return one group of each row: group index[b] of row b."""
+        number = jnp.take_along_axis(self.table, index[:, None] // self.together, axis=1)[..., None]
+
+        def part(x, i):
+            own = x.shape[3] // self.together
+            slots = index[:, None] % self.together * own + jnp.arange(own)
+            return x[number, i, jnp.arange(x.shape[2])[:, None], slots[:, None]]  # by heads: see `put_box`
+
+        return self._groups(part)
+
+    def rows(self) -> Groups:
+        """Return every row's groups, in rows of its own."""
+        return self.cut(jnp.int32(0), self.count)
+
+    def write(self, new: Groups, first: Int[Array, "B"], counts: Int[Array, "B"]) -> "PackedPages":
+        """Return the pages with each row's first counts[b] new groups at its places from first[b]."""
+        C, each = new.count, self.together
+        index = first[:, None] + jnp.arange(C)
+        kept = (jnp.arange(C) < counts[:, None]) & (index < self.count)
+        number = jnp.take_along_axis(self.table, jnp.minimum(index, self.count - 1) // each, axis=1)
+        number = jnp.where(kept, number, len(self.codes))[..., None]  # past the end: dropped
+
+        def part(pages, x):  # [B, 2, K, C * own, ...]
+            own = pages.shape[3] // each
+            x = x.reshape(*x.shape[:3], C, own, *x.shape[4:])
+            slots = (index % each)[..., None] * own + jnp.arange(own)
+            return put(pages, (number, slice(None), slice(None), slots), jnp.moveaxis(x, (3, 4), (1, 2)))
+
+        return self._put(part, new)
+
+    def write_one(self, new: Groups, row: Int[Array, ""], index: Int[Array, ""]) -> "PackedPages":
+        """Return the pages with the one group of one row in `new` at group `index` of row `row`, in place."""
+        number, at = self.table[row, index // self.together], index % self.together
+
+        def part(pages, x):
+            return put_box(pages, (number, 0, 0, at * (pages.shape[3] // self.together)), x)
+
+        return self._put(part, new)
+
+    def take(self, rows: Int[Array, "n"]) -> "PackedPages":
+        """Return copies of rows, each in pages of its own."""
+        pool = copy_pages((self.codes, self.key_grids, self.value_grids), self.table[rows])
+        return PackedPages(*pool, own_table(len(pool[0]), len(rows)))
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "PackedPages":
+        """Return rows that share the pages that are full at their first length[i] tokens: see `fork_pages`."""
+        pool = (self.codes, self.key_grids, self.value_grids)
+        pool, table = fork_pages(pool, self.table[rows], self.page, length, room)
+        return PackedPages(*pool, table)
+
+    def _groups(self, part) -> Groups:
+        """Return `part(array, i)` of the keys' and the values' arrays, i = 0 and 1 in each."""
         keys, values, k_scale, k_offset, v_scale, v_offset = (
             part(x, i) for x in (self.codes, self.key_grids, self.value_grids) for i in (0, 1)
         )
         return Groups(keys, k_scale, k_offset, values, v_scale, v_offset)
 
-
-def paged_packed_attention(
-    q: Float[Array, "B T N H"],
-    pages: PackedPages,
-    table: Int[Array, "B M"],
-    length: Int[Array, "B"],
-    position: Int[Array, "B"],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    implementation: Implementation | None = None,
-) -> Part:
-    """Return attention of a few new tokens over each row's first length[b] packed ones, and its log-sum-exp.
-
-    Query t of row b is at `position[b] + t`, past all of these. The newer tokens are another part, merged by the
-    log-sum-exp (`packed_attention.as_share`). Entries of the table past a row's length name nothing.
-
-    Raises:
-        NotImplementedError: the implementation that is named can't do it; why.
-    """
-    options = dict(scale=scale, window=window, softcap=softcap)
-    pallas, xla = (functools.partial(f, **options) for f in (_by_kernel, _by_blocks))
-    return choose(implementation, pallas, xla, q, pages, table, length, position)
+    def _put(self, part, new: Groups) -> "PackedPages":
+        """Return the pages that `part(pages, new)` of each array gives."""
+        pairs = (
+            (self.codes, (new.k_codes, new.v_codes)),
+            (self.key_grids, (new.k_scale, new.k_offset)),
+            (self.value_grids, (new.v_scale, new.v_offset)),
+        )
+        return PackedPages(*(part(pages, jnp.stack(x, axis=1)) for pages, x in pairs), self.table)
 
 
-def _by_kernel(q, pages, table, length, position, **options: Any) -> Part:
-    if q.shape[1] > DECODE_TOKENS:
-        raise NotImplementedError(f"{q.shape[1]} queries a row over pages: must be at most {DECODE_TOKENS}")
-    if pages.codes.shape[3] * 2 != pages.page:
-        raise NotImplementedError("pages of other than 4-bit codes")
-    out, lse = paged_kivi_attention.tpu(
-        q, pages.codes, pages.key_grids, pages.value_grids, table, length, group=pages.size, position=position,
-        return_lse=True, **options,
-    )  # fmt: skip
-    return out.astype(jnp.float32), lse
-
-
-def _by_blocks(q, pages, table, length, position, *, scale, window, softcap) -> Part:
-    """Gather and unpack some pages of every row at a time, as far as the longest row goes."""
-    page, M = pages.page, table.shape[1]
-    grouped = group_heads(q, pages.codes.shape[2], scale)
-    table = jnp.where(jnp.arange(M) * page < length[:, None], table, 0)
-    positions = position[:, None] + jnp.arange(q.shape[1])
-    each = min(M, max(1, SLOT_BLOCK // page))
-
-    def read(i: Array):
-        start = jnp.minimum(i * each, M - each)
-        found = pages.gather(jax.lax.dynamic_slice_in_dim(table, start, each, axis=1))
-        slots = start * page + jnp.arange(each * page)[None]
-        # The last block may reach back over slots that the one before it has counted.
-        own = (slots >= i * each * page) & (slots < length[:, None])
-        return *dequantize_groups(found, grouped.dtype), visible(positions, slots, window) & own[:, None]
-
-    first, last = jnp.int32(0), -(-length.max() // (each * page))
-    if window is not None:
-        first = jnp.maximum(position.min() - window + 1, 0) // (each * page)
-    return as_part(shares_of_blocks(grouped, read, first, last, softcap))
+def empty_pages(
+    page: int, batch: int, kv_heads: int, count: int, group: int, head_dim: int, bits: int, dtype: DTypeLike
+) -> PackedPages:
+    """Return pages with room for `count` groups in each of `batch` rows, and page 0."""
+    each = page // group
+    pages = 1 + batch * -(-count // each)
+    new = empty_groups(pages, kv_heads, each, group, head_dim, bits, dtype)
+    pool = (jnp.stack([x, x], axis=1) for x in (new.k_codes, new.k_scale, new.v_scale))
+    return PackedPages(*pool, own_table(pages, batch))

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from jaxinfer.cache.page_table import copy_pages, fork_pages, own_table
 from jaxinfer.cache.quantized import quantize
 from jaxinfer.errors import InputError
 from jaxinfer.ops.paged_attention import New, Pages, paged_attention, read_pages, write_pages
@@ -29,7 +29,7 @@ class Paged:
         shape = (1 + batch * -(-slots // self.page), kv_heads, self.page)
         store = jnp.zeros((*shape, head_dim), jnp.int8 if self.int8 else dtype)
         scale = jnp.zeros(shape, jnp.bfloat16) if self.int8 else None
-        return PagedLayer(pages=Pages(store, store, scale, scale), table=_own_tables(shape[0], batch), new=None)
+        return PagedLayer(pages=Pages(store, store, scale, scale), table=own_table(shape[0], batch), new=None)
 
 
 @nnx.dataclass
@@ -90,39 +90,14 @@ class PagedLayer(nnx.Module):
 
     def take(self, rows: Int[Array, "n"]) -> "PagedLayer":
         """Return copies of rows, each in pages of its own."""
-        table = self.table[rows]
-
-        def copies(store: Array) -> Array:
-            return jnp.concatenate([jnp.zeros_like(store[:1]), store[table.reshape(-1)]])
-
-        pages = jax.tree.map(copies, self._written())
-        return PagedLayer(pages=pages, table=_own_tables(pages.k.shape[0], len(table)), new=None)
+        pages = copy_pages(self._written(), self.table[rows])
+        return PagedLayer(pages=pages, table=own_table(len(pages.k), len(rows)), new=None)
 
     def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "PagedLayer":
-        """Return rows that share the pages that are full; of the last one, partly filled, each has a copy.
-
-        Beside the pages that there are, each row gets those that `room` tokens more can need.
-        """
-        pages, old = self._written(), self.table[rows]
-        (P, _, page, _), (n, M) = pages.k.shape, old.shape
-        own = min(M, -(-room // page) + 1)
-        full = (length // page)[:, None]
-        column = jnp.arange(M) - full
-        first = P + own * jnp.arange(n)[:, None]  # number of each row's first own page
-        table = jnp.where(column < 0, old, jnp.where(column < own, first + column, 0))
-        last = jnp.take_along_axis(old, jnp.minimum(full, M - 1), axis=1)[:, 0]
-
-        def longer(store: Array) -> Array:
-            fresh = jnp.zeros((n, own, *store.shape[1:]), store.dtype).at[:, 0].set(store[last])
-            return jnp.concatenate([store, fresh.reshape(-1, *store.shape[1:])])
-
-        return PagedLayer(pages=jax.tree.map(longer, pages), table=table, new=None)
+        """Return rows that share the pages that are full; of the last one, partly filled, each has a copy."""
+        pages, table = fork_pages(self._written(), self.table[rows], self.pages.k.shape[2], length, room)
+        return PagedLayer(pages=pages, table=table, new=None)
 
     def _written(self) -> Pages:
         """Return the pages with what was appended last in them."""
         return self.pages if self.new is None else write_pages(self.pages, self.new, self.table)
-
-
-def _own_tables(pages: int, rows: int) -> Int[Array, "B M"]:
-    """Return tables in which each row has its share of the pages from page 1, in order."""
-    return jnp.arange(1, pages, dtype=jnp.int32).reshape(rows, -1)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from jaxinfer.ops.scatter import put
+
 Tree = TypeVar("Tree")
 FEW = 16  # new entries of a row up to which they are written one by one, and not in a pass over all slots
 
@@ -33,7 +35,7 @@ def write(
         # A head's slot is an update of its own: XLA for TPU then keeps the store's layout, and a loop copies nothing.
         slots = jnp.where(jnp.arange(T) < counts[:, None], start[:, None] + jnp.arange(T), S)  # S: the write is dropped
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(store.shape[1])[:, None]
-        return store.at[rows, heads, slots[:, None]].set(new, mode="drop")
+        return put(store, (rows, heads, slots[:, None]), new)
     # Many entries: every slot picks its new one or keeps its own. One pass, no scatter, any start.
     return pick(store, new, jnp.arange(S)[None] - start[:, None], counts)
 
@@ -59,6 +61,12 @@ def pick(
     at = jnp.clip(offset, 0, new.shape[2] - 1).reshape(store.shape[0], 1, store.shape[2], *rest)
     picked = jnp.take_along_axis(new.astype(store.dtype), at, axis=2)
     return jnp.where(taken.reshape(at.shape), picked, store)
+
+
+def ring_positions(end: Int[Array, "B"], size: int) -> Int[Array, "B R"]:
+    """Return the position in each slot of a ring that position end[b] - 1 was the last to enter; negative: none."""
+    last = end[:, None] - 1
+    return last - (last - jnp.arange(size)) % size
 
 
 def take_rows(cache: Tree, rows: Int[Array, "n"]) -> Tree:

@@ -50,6 +50,7 @@ def about(name: str) -> dict[str, Any]:
         "lossless": a.lossless,
         "calibrated": issubclass(kind, Calibrated),
         "degenerate": a.degenerate,
+        "forms": dict(a.forms),
         "not_after": not_after(name),
         "options": {f.name: f.default for f in option_fields(kind)},
         "paper": a.paper,

@@ -20,6 +20,7 @@ from jaxinfer.ops.attention import (
 )
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.online_attention import SLOT_BLOCK, block_range, finite, shares_of_blocks
+from jaxinfer.ops.scatter import put
 from jaxinfer.ops.token_tree import TokenTree
 from jaxinfer.ops.tpu_attention import DECODE_TOKENS, TREE_NODES, tpu_attention
 from pallas_kernels import paged_decode_attention
@@ -129,7 +130,7 @@ def write_pages(pages: Pages, new: New, table: Int[Array, "B M"]) -> Pages:
     number = jnp.where(kept, number, pages.k.shape[0])  # past the last page: dropped
 
     def write(store, x):
-        return None if store is None else store.at[number, :, slots % page].set(x.astype(store.dtype), mode="drop")
+        return None if store is None else put(store, (number, slice(None), slots % page), x)
 
     return Pages(*(write(store, x) for store, x in zip(pages, new, strict=False)))
 

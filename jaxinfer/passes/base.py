@@ -27,6 +27,7 @@ class About:
     lossless: bool = False  # up to float rounding
     degenerate: Mapping[str, object] | None = None  # the options at which it is exactly the baseline; None: no such
     bound: float = 0.0  # relative rise of perplexity that it stays below, at its defaults, on a small trained model
+    forms: Mapping[str, float] = dataclasses.field(default_factory=dict)  # other "option=value" -> the bound with it
     changes: str = "weight_bytes"  # what differs: weight_bytes, cache_bytes or flops of a step, or fork_bytes of rows
     rounds_activations: bool = False  # so that runs that differ in a float's last bit may differ by a step of rounding
     takes: str | None = None  # a key of TAKEN

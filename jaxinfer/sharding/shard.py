@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxinfer.cache.paged import Paged
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.moe import MoE
 from jaxinfer.models.transformer import Attention, Transformer
@@ -79,7 +78,7 @@ def find_rules(name: str) -> Rules:
 
 def put(model: Transformer, mesh: Mesh, rules: Rules) -> Transformer:
     """Return the model on the mesh, in the form that the mesh divides."""
-    if any(isinstance(node.cache, Paged) for node in select(model, Attention).values()):
+    if any(getattr(node.cache, "page", None) for node in select(model, Attention).values()):
         raise InputError("kv_paged on a mesh: pages of all rows are one pool, which is not divided; leave it out")
     fields = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
     model = on_mesh(type(model))(**{**fields, "mesh": mesh, "rules": rules})

@@ -3,27 +3,42 @@
 import dataclasses
 from typing import ClassVar
 
+from jaxinfer.cache.kivi import Kivi
 from jaxinfer.cache.paged import Paged
+from jaxinfer.errors import InputError, nearest
 from jaxinfer.passes.base import About
 from jaxinfer.passes.kv_cache.kind import CacheOf
+
+STORES = ("floats", "int8", "int4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVPaged(CacheOf):
-    """Keep tokens in pages that each row finds through a table; with `int8=true` as codes, as `kv_int8` does."""
+    """Keep tokens in pages that each row finds through a table: as they are, or stored as `kv_int8` or `kv_int4` do."""
 
     name: ClassVar[str] = "kv_paged"
     about: ClassVar[About] = About(
         family="kv_cache",
         paper="2309.06180",
         lossless=True,
-        degenerate={"int8": False},
+        degenerate={"store": "floats"},
+        forms={"store=int8": 0.005, "store=int4": 0.03},
         changes="fork_bytes",
         takes="cache",
     )
-    page: int = 64  # tokens; the kernel for TPU takes a multiple of 8 in float32, 16 in bfloat16, 32 in int8
-    int8: bool = False  # codes and scales, as kv_int8 has them: half the bytes, and its loss
+    page: int = (
+        64  # tokens; the kernel for TPU takes a multiple of 8 in float32, 16 in bfloat16, 32 in int8, 64 in int4
+    )
+    store: str = "floats"  # or int8, or int4: in kv_int8's or kv_int4's bytes, at its loss
+    group: int = 32  # of int4, as in kv_int4: 64 for the kernel for TPU
+    residual: int = 64  # of int4, as in kv_int4: newest tokens that stay as they are, in no page
 
-    def kind(self) -> Paged:
+    def __post_init__(self):
+        if self.store not in STORES:
+            raise InputError(f"{self.name}:store={self.store!r}: {nearest(self.store, STORES)}")
+
+    def kind(self) -> Kivi | Paged:
         """Return the cache in pages."""
-        return Paged(page=self.page, int8=self.int8)
+        if self.store == "int4":
+            return Kivi(group=self.group, residual=self.residual, page=self.page)
+        return Paged(page=self.page, int8=self.store == "int8")
