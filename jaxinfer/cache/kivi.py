@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.groups import Groups, packed_before, quantize_groups
-from jaxinfer.cache.packed_attention import as_share, packed_attention
+from jaxinfer.cache.packed_attention import packed_attention
 from jaxinfer.cache.slots import pick, take_rows, write
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import (
@@ -25,6 +25,7 @@ from jaxinfer.ops.attention import (
     ungroup_heads,
     visible,
 )
+from jaxinfer.ops.attention_parts import as_share
 from jaxinfer.ops.online_attention import merge
 from jaxinfer.ops.token_tree import TokenTree
 

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxinfer.cache.groups import Groups, dequantize_groups
-from jaxinfer.cache.packed_attention import Part, as_part
 from jaxinfer.ops.attention import group_heads, visible
+from jaxinfer.ops.attention_parts import Part, as_part
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.online_attention import SLOT_BLOCK, shares_of_blocks
 from jaxinfer.ops.tpu_attention import DECODE_TOKENS
@@ -84,7 +84,7 @@ def paged_packed_attention(
     """Return attention of a few new tokens over each row's first length[b] packed ones, and its log-sum-exp.
 
     Query t of row b is at `position[b] + t`, past all of these. The newer tokens are another part, merged by the
-    log-sum-exp (`packed_attention.as_share`). Entries of the table past a row's length name nothing.
+    log-sum-exp (`attention_parts.as_share`). Entries of the table past a row's length name nothing.
 
     Raises:
         NotImplementedError: the implementation that is named can't do it; why.

@@ -50,8 +50,8 @@ def _divide(product, eq, x, kernel, axes, group):
         raise NotImplementedError(f"a kernel is not divided over mesh axes {', '.join(mesh)} by itself")
     left, outer = eq.split("->")
     inner, letters = left.split(",")
-    rows = first_entry(rules.spec(("batch",), (x.shape[0],), mesh))
-    mesh = {axis: size for axis, size in mesh.items() if axis not in rows}
+    rows, tokens = first_entry(rules.spec(("batch",), (x.shape[0],), mesh)), rules.token_axes(x.shape[1], mesh)
+    mesh = {axis: size for axis, size in mesh.items() if axis not in (*rows, *tokens)}
     specs, over = _kernel_specs(kernel, axes, mesh, rules)
     of = dict(zip(letters, over, strict=True))
     summed = tuple(axis for letter in inner[2:] for axis in of[letter])
@@ -63,8 +63,8 @@ def _divide(product, eq, x, kernel, axes, group):
 
     return jax.shard_map(
         run,
-        in_specs=(PartitionSpec(rows, None, *(of[c] or None for c in inner[2:])), specs),
-        out_specs=PartitionSpec(rows, None, *(of[c] or None for c in outer[2:])),
+        in_specs=(PartitionSpec(rows, tokens, *(of[c] or None for c in inner[2:])), specs),
+        out_specs=PartitionSpec(rows, tokens, *(of[c] or None for c in outer[2:])),
         check_vma=False,
     )(x, kernel)
 
