@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import lines
 from models import tiny_config
 from test_sharding import mesh_of
 
@@ -95,3 +96,34 @@ def test_a_cache_whose_slots_are_not_divided_is_refused_with_a_mesh_that_fits(na
         check_fits(model, mesh_of("context=4,model=2"), RULES["mixed"])
     fits = str(refused.value).split("context ")[-1].removesuffix(" fits")
     check_fits(model, mesh_of(fits), RULES["mixed"])
+
+
+def test_programs_on_a_divided_context_give_what_one_device_gives():
+    """A ragged batch over the devices' bounds, at once and in pieces; sessions that go on, go back, and speculate."""
+    found = lines("mesh_context.py")
+    texts = {(line["name"], line["pieces"]): line["largest"] for line in found if "pieces" in line}
+    assert {how for name, how in texts if name == "none"} == {"prompt", "sevens", "steps", "halves"}
+    assert max(texts.values()) < 1e-5, texts
+    sessions = {line["decoder"]: line for line in found if "decoder" in line}
+    assert set(sessions) == {"greedy", "ngram"} and all(line["same"] for line in sessions.values()), sessions
+    assert all(n > 8 for line in sessions.values() for n in line["tokens"])  # no row says one thing only
+
+
+def test_no_device_sees_another_ones_slots():
+    """A step merges parts, a prompt's queries go round: what is moved is of new tokens, and no array of the cache."""
+    rows, heads, key_heads, head, embed, layers, ways = 8, 4, 2, 16, 64, 2, 4  # heads: of a device
+    step, prompt = (line for line in lines("mesh_context.py") if "moved" in line)
+    parts = rows * heads * (head + 1) * 4
+    assert sorted(map(tuple, step["moved"])) == sorted(
+        [("all-reduce", rows * heads * 4, layers), ("all-reduce", parts, layers), ("all-reduce", rows * embed * 4, 5)]
+    )
+    a_token, t = rows * 4, prompt["tokens"] // ways
+    assert sorted(map(tuple, prompt["moved"])) == sorted(
+        [
+            ("all-gather", a_token * prompt["tokens"] * key_heads * head, 2 * layers),  # new keys, and new values
+            ("collective-permute", a_token * t * heads * head, (2 * ways - 1) * layers),  # queries and what they have
+            ("collective-permute", a_token * t * heads, (ways - 1) * layers),  # and its log-sum-exp
+            ("all-reduce", a_token * t * embed, 5),
+        ]
+    )
+    assert max(size for _, size, _ in [*step["moved"], *prompt["moved"]]) < step["layer_bytes"] / 3

@@ -119,26 +119,51 @@ def check_law(line: dict) -> None:
     rounds = line["name"] in PASSES and PASSES[line["name"]].about.rounds_activations
     assert line["largest"] < (0.05 if rounds or line["name"] == "kv_fp8" else 1e-4), line
     assert line["median"] < 1e-5, line  # where activations are rounded a last bit decides over a step now and then
-    rows = {"data=2,model=4": 2, "fsdp=8": 1, "fsdp=2,model=4": 2, "data=2,expert=4": 2, "expert=2,model=4": 1}
-    heads = {"fsdp=8": 1, "expert=2,model=4": 8}.get(line["mesh"], 4)
-    assert line["cache_bytes"] == line["cache_device_bytes"] * rows[line["mesh"]] * heads, line
-    assert line["device_bytes"] < line["bytes"], line
+    rows_heads_slots = {
+        "data=2,model=4": 2 * 4,
+        "fsdp=8": 1,
+        "fsdp=2,model=4": 2 * 4,
+        "context=2,fsdp=2,model=2": 2 * 2 * 2,
+        "context=4,model=2": 2 * 4,
+        "data=2,expert=4": 2 * 4,
+        "expert=2,model=4": 8,
+        "context=2,expert=4": 4 * 2,
+        "context=2,model=4": 4 * 2,
+        "data=2,fsdp=2,model=2": 4,  # rules fully_sharded: four rows, and heads are whole
+        "data=2,context=2,model=2": 2 * 2 * 2,  # rules data: four rows over data and model
+    }
+    assert line["cache_bytes"] == line["cache_device_bytes"] * rows_heads_slots[line["mesh"]], line
+    assert line["device_bytes"] < line["bytes"] or line["rules"] == "data", line
 
 
 @pytest.mark.parametrize("names", HALVES, ids=["even", "odd"])
 def test_every_pass_and_cache_gives_on_every_mesh_what_one_device_gives(names):
     found = lines("mesh_laws.py", *names)
     assert {(line["name"], line["mesh"]) for line in found if line["kind"] == "dense"} == {
-        (name, mesh) for name in names for mesh in ("data=2,model=4", "fsdp=8", "fsdp=2,model=4")
+        (name, mesh)
+        for name in names
+        for mesh in ("data=2,model=4", "fsdp=8", "fsdp=2,model=4", "context=2,fsdp=2,model=2", "context=4,model=2")
+        if name not in ("kv_int4",) or "context" not in mesh  # refused
+        if name in ("none", "kv_int8", "kv_fp8") or mesh != "context=4,model=2"
     }
     for line in found:
         check_law(line)
 
 
+def test_every_table_of_rules_gives_what_one_device_gives():
+    found = {(line["rules"], line["kind"]): line for line in lines("mesh_laws.py", "tables")}
+    assert {rules for rules, _ in found} == set(RULES)
+    for line in found.values():
+        check_law(line)
+    assert all(path.endswith("bias") for path in found["fully_sharded", "dense"]["whole"])  # of no embed axis
+    assert found["data", "dense"]["device_bytes"] == found["data", "dense"]["bytes"]
+    assert found["expert", "experts"]["device_bytes"] < found["expert", "experts"]["bytes"] / 4
+
+
 def test_every_decoder_gives_on_every_mesh_the_tokens_of_one_device():
     *found, last = lines("mesh_laws.py", "decoders")
     assert {line["decoder"] for line in found} == {"greedy", "sampled", "ngram", "lookahead", "draft"}
-    assert len(found) == 13
+    assert len(found) == 17
     assert all(line["same"] for line in found), found
     np.testing.assert_allclose(last["perplexity"][1], last["perplexity"][0], rtol=1e-5)
 

@@ -91,10 +91,14 @@ def _moved(base: str, kind: str, shape: str, devices: int) -> int:
 
 def _group(rest: str) -> tuple[int, ...]:
     """Return the first of a collective's groups of devices, in any of the ways in which HLO writes them."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    order = r"\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)"
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids={order})?\s*\{{([^}}]*)\}}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'([\w.\-]+)'=(\d+)", found[1])}
-        over = re.findall(r"'([\w.\-]+)'", found[2])
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        over = re.findall(r"'([\w.\-]+)'", found[4])
+        places = np.arange(math.prod(sizes.values()))
+        by, turned = ([int(n) for n in part.split(",")] if part else None for part in (found[2], found[3]))
+        places = places if turned is None else places.reshape(by).transpose(turned)
+        places = places.reshape(tuple(sizes.values()))
         return tuple(places[tuple(slice(None) if name in over else 0 for name in sizes)].reshape(-1).tolist())
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         to, by, turned = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
