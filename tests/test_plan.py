@@ -151,7 +151,22 @@ def test_collectives_are_read_from_hlo_in_every_notation():
   %a = f32[8]{0:T(256)} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
 }
 
+%fused_computation.1 (p: f32[8]) -> (f32[8], u32[]) {
+  %b = f32[16] all-gather(%x), replica_groups={{0,1}}
+}
+
+%async_collective_fusion.2 (p: f32[8]) -> f32[8] {
+  %b.1 = f32[16] all-gather(%x), replica_groups={{0,1}}
+}
+
+%fused_computation.3 (p: f32[8]) -> f32[16] {
+  %b.2 = f32[16] all-gather(%x), replica_groups={{0,1}}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %async-collective-start = (f32[8], u32[]) fusion(%x), kind=kCustom, calls=%fused_computation.1
+  %fusion.2 = f32[8] fusion(%async-collective-start, %y), kind=kCustom, calls=%async_collective_fusion.2
+  %async-collective-done = f32[16] fusion(%fusion.2), kind=kCustom, calls=%fused_computation.3
   %g = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%x), replica_groups=mesh['data'=2,'model'=4] {'data'}
   %r = f32[4]{0} reduce-scatter(%x), replica_groups={{0,2},{1,3}}, dimensions={0}
   %t = s32[16]{0} all-to-all(%x), replica_groups=[4,2]<=[2,4]T(1,0)
@@ -168,6 +183,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         hlo.Collective("all-gather", 64, (0, 4)): 1,
         hlo.Collective("reduce-scatter", 32, (0, 2)): 1,
         hlo.Collective("all-to-all", 64, (0, 4)): 1,
+        hlo.Collective("all-gather", 64, (0, 1)): 1,  # one, that is begun, waited for and ended
         hlo.Collective("all-reduce", 8, (0, 2, 4, 6)): 1,
         hlo.Collective("collective-permute", 16, (0, 2)): 1,
     }

@@ -1,6 +1,7 @@
 """Meshes, rules, what they refuse; and every pass, cache and decoder on eight devices against one."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -179,9 +180,14 @@ def test_checkpoints_go_straight_to_their_shards_and_from_mesh_to_mesh(tmp_path)
 
 def test_the_command_line_runs_on_a_mesh_of_simulated_devices():
     common = ("generate", "Hello", "--config", TINY, "--max-new-tokens", 8, "--pass", "kv_int8")
-    runs = [process(*common, *more) for more in ((), ("--mesh", "data=2,model=4"))]
-    (alone, _), (many, told) = (run.communicate(timeout=300) for run in runs)
-    assert alone == many and runs[1].returncode == 0 and len(told.splitlines()) == 1
+    meshes = (), ("--mesh", "data=2,model=4"), ("--mesh", "context=4,model=2")
+    runs = [process(*common, *more) for more in meshes]
+    (alone, _), *others = (run.communicate(timeout=300) for run in runs)
+    for run, (many, told) in zip(runs[1:], others, strict=True):
+        assert alone == many and run.returncode == 0 and len(told.splitlines()) == 1
+    refused = process(*common[:-1], "kv_int4", "--mesh", "context=4,model=2")
+    _, told = refused.communicate(timeout=300)
+    assert refused.returncode == 2 and "kv_int4" in told and "without context data=4,model=2 fits" in told
     refused = process("eval", "--task", "perplexity", "--data", TINY, "--config", TINY, "--mesh", "model=16")
     _, told = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "mesh model=16: heads=8 (query heads) is not divided by model=16" in told
@@ -198,10 +204,20 @@ def test_programs_for_four_tpus_call_kernels_and_never_gather_a_cache():
         "decode_int4_kv_int4": {"kivi_attention", "quantized_matmul"},
         "decode_w8a8": {"decode_attention", "quantized_matmul"},
         "prefill": {"prefill_attention"},
+        "context_decode": {"decode_attention"},
+        "context_decode_int8_kv_int8": {"decode_attention", "quantized_matmul"},
+        "context_prefill": {"prefill_attention"},
     }
-    for line in found.values():
+    for name, line in found.items():
         # Two sums a layer, one of the embedding; tokens and their scores are exchanged, and no array of a cache.
+        # Of a divided context parts are merged, or queries go round, and new keys and values to their slots.
+        kinds = {"all-gather", "all-reduce", *(("collective-permute",) if name == "context_prefill" else ())}
+        assert set(line["moved"]) <= kinds and "all-reduce" in line["moved"], line
+        assert set(line["moved"]) == kinds or name != "context_prefill", line
+        most = 4 * 64 * 128 if name == "context_prefill" else 1024
         gathered = [
-            int(np.prod(json.loads(shape[shape.index("[") :]))) for shape in line["moved"].get("all-gather", [])
+            int(np.prod(json.loads(dims)))
+            for shape in line["moved"].get("all-gather", [])
+            for dims in re.findall(r"\[[\d,]+\]", shape)
         ]
-        assert max(gathered, default=0) <= 1024 and set(line["moved"]) <= {"all-gather", "all-reduce"}, line
+        assert max(gathered, default=0) <= most, line

@@ -60,7 +60,7 @@ def compiled(passes: tuple, tokens: int, sizes: dict[str, int] = MESH) -> str:
 def moved(text: str) -> dict[str, list[str]]:
     """Return the shapes of what each kind of collective gives."""
     found = collections.defaultdict(list)
-    kinds = r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    kinds = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     for shape, kind in re.findall(kinds, text):
         found[kind].append(re.sub(r"\{[^}]*\}", "", shape))
     return dict(found)

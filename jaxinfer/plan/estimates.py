@@ -71,8 +71,8 @@ def _of_context(built: Built, rows: int, tokens: int) -> Iterator[tuple[str, int
     for node in select(built.model, Attention).values():
         key_heads = node.num_kv_heads // built.ways("kv_heads", node.num_kv_heads)
         yield "all-gather", of_rows * tokens * key_heads * config.head_dim * size, 2
-    yield "collective-permute", out * size // 4, layers * (ways - 1)
-    yield "collective-permute", out, layers * ways
+    yield "collective-permute", out * size // 4, layers * ways  # queries, and in the end what comes of them
+    yield "collective-permute", out, layers * (ways - 1)
     yield "collective-permute", lse, layers * (ways - 1)
 
 

@@ -62,7 +62,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
         operation = _OPERATION.match(line)
         if operation is None:
             continue
-        _, shape, kind, rest = operation.groups()
+        this, shape, kind, rest = operation.groups()
         base = kind.removesuffix("-start")
         if base in KINDS:
             group = _group(rest)
@@ -78,8 +78,10 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
             last = branches[1].split(",")[-1] if branches else re.search(r"true_computation=(%?[\w.\-]+)", rest)[1]
             _walk(computations, last.strip().lstrip("%"), times, found)
         elif kind in ("call", "fusion", "async-start"):
-            for called in _CALLED.findall(rest):
-                _walk(computations, called, times, found)
+            # What runs on a TPU while a collective is on its way holds that too, as its end does: its start counts.
+            for called in () if this.startswith("async-collective-done") else _CALLED.findall(rest):
+                if not called.startswith("async_collective_fusion"):
+                    _walk(computations, called, times, found)
 
 
 def _moved(base: str, kind: str, shape: str, devices: int) -> int:

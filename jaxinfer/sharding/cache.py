@@ -41,15 +41,14 @@ class DividedLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "DividedLayer":
         """Append on every device the rows and heads that are its own."""
-        return self._around(self._everywhere("append", k, v, start, counts)[1])
+        return self._around(self._everywhere("append", k, v, start, counts, tokens=self._tokens(k.shape[1]))[1])
 
     def attend(
         self, q: Float[Array, "B T N H"], positions: Int[Array, "B T"], **options: Any
     ) -> tuple[Float[Array, "B T N H"], "DividedLayer"]:
         """Attend on every device with the query heads that read its own."""
-        ways = math.prod(self.mesh.shape[axis] for axis in self.slots)
-        divided = options.get("tree") is None and divides_tokens(q.shape[1], ways)
-        y, inner = self._everywhere("attend", q, positions, tokens=self.slots if divided else (), **options)
+        tokens = self._tokens(q.shape[1]) if options.get("tree") is None else ()
+        y, inner = self._everywhere("attend", q, positions, tokens=tokens, **options)
         return y, self._around(inner)
 
     def rewind(self, length: Int[Array, "B"]) -> "DividedLayer":
@@ -71,10 +70,14 @@ class DividedLayer(nnx.Module):
     def _around(self, inner: Any) -> "DividedLayer":
         return DividedLayer(inner, mesh=self.mesh, rows=self.rows, heads=self.heads, slots=self.slots)
 
+    def _tokens(self, count: int) -> Axes:
+        """Return the axes that divide so many new tokens."""
+        return self.slots if divides_tokens(count, math.prod(self.mesh.shape[axis] for axis in self.slots)) else ()
+
     def _everywhere(self, method: str, *given: Array, tokens: Axes = (), **options: Any) -> tuple[Any, Any]:
         """Return what the cache's method gives where each device calls it with its part: an output or None, a cache.
 
-        The tokens of queries, and those of the output, are divided over the axes `tokens`.
+        The tokens of heads that go in and out are divided over the axes `tokens`.
         """
         arrays = {name: x for name, x in options.items() if any(hasattr(leaf, "ndim") for leaf in jax.tree.leaves(x))}
         fixed = {name: x for name, x in options.items() if name not in arrays}
@@ -84,7 +87,7 @@ class DividedLayer(nnx.Module):
             return out if isinstance(out, tuple) else (None, out)
 
         def call_part(inner: Any, given: tuple, arrays: dict) -> tuple[Any, Any]:
-            return call(Slots(inner, self.slots) if self.slots else inner, given, arrays)
+            return call(Slots(inner, self.slots, bool(tokens)) if self.slots else inner, given, arrays)
 
         y, inner = jax.eval_shape(call, self.inner, given, arrays)
         held = lambda tree: jax.tree.map(self._held, tree)  # noqa: E731

@@ -30,6 +30,7 @@ class Slots:
 
     inner: Any
     over: tuple[str, ...]
+    divided: bool  # whether the tokens of a call are divided as the slots are: a device has its t of all T
 
     @property
     def size(self) -> int:
@@ -43,12 +44,14 @@ class Slots:
 
     def append(
         self,
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
+        k: Float[Array, "B t K H"],
+        v: Float[Array, "B t K H"],
         start: Int[Array, "B"],
         counts: Int[Array, "B"],
     ) -> Any:
         """Append those of the tokens whose slots are here: what a row has from the first of them on."""
+        if self.divided:  # here, so that all that makes them is made of a device's own tokens
+            k, v = (jax.lax.all_gather(x, self.over, axis=1, tiled=True) for x in (k, v))
         skipped = jnp.clip(self.first - start, 0, counts)
         at = jnp.clip(start - self.first, 0, self.size)
         counts = jnp.clip(counts - skipped, 0, self.size - at)
@@ -61,12 +64,9 @@ class Slots:
     def attend(
         self, q: Float[Array, "B t N H"], positions: Int[Array, "B T"], **options: Any
     ) -> tuple[Float[Array, "B t N H"], Any]:
-        """Attend from all T tokens, or from this device's where it has as many as the others: t < T of them."""
+        """Attend from the tokens that this device has."""
         attend = functools.partial(self.inner.attend_part, first_slot=self.first, **options)
-        if q.shape[1] == positions.shape[1]:
-            out = _merged(attend(q, positions), self.over)
-        else:
-            out = _around(attend, q, positions, self.over)
+        out = _around(attend, q, positions, self.over) if self.divided else _merged(attend(q, positions), self.over)
         return out.astype(q.dtype), self.inner
 
     def rewind(self, length: Int[Array, "B"]) -> Any:
@@ -124,4 +124,4 @@ def _around(attend: Any, q: Array, positions: Array, over: tuple[str, ...]) -> F
         part = attend(q, jax.lax.dynamic_slice_in_dim(positions, whose * t, t, axis=1))
         gathered = part if coming is None else join(coming, part)
         q = following
-    return on(gathered[0])
+    return on(gathered[0].astype(q.dtype))
