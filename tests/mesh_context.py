@@ -12,7 +12,9 @@ import numpy as np
 from models import random_program, tiny_config
 
 import jaxinfer as ji
+from jaxinfer.errors import InputError
 from jaxinfer.passes import apply
+from jaxinfer.passes.depth.mixture_of_depths import with_mixture_of_depths
 from jaxinfer.plan import hlo
 from jaxinfer.program import Program
 from jaxinfer.session import Session
@@ -100,6 +102,11 @@ def main() -> None:
         print(
             json.dumps({"decoder": decoder, "same": got == want, "tokens": [len(set(row)) for row in want]}), flush=True
         )
+    mixed = shard(MESH)(Program(with_mixture_of_depths(base("none").model))).model
+    try:
+        mixed.init_cache(BATCH, SLOTS)
+    except InputError as error:
+        print(json.dumps({"refused": str(error)}), flush=True)
     for tokens in (1, 64):
         print(json.dumps(collectives(base("none"), tokens)), flush=True)
 

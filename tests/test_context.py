@@ -106,6 +106,8 @@ def test_programs_on_a_divided_context_give_what_one_device_gives():
     assert max(texts.values()) < 1e-5, texts
     sessions = {line["decoder"]: line for line in found if "decoder" in line}
     assert set(sessions) == {"greedy", "ngram"} and all(line["same"] for line in sessions.values()), sessions
+    (refused,) = (line["refused"] for line in found if "refused" in line)
+    assert "TakenLayer is not divided by context" in refused
     assert all(n > 8 for line in sessions.values() for n in line["tokens"])  # no row says one thing only
 
 

@@ -9,9 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.cache.base import Cache
+from jaxinfer.errors import InputError
 from jaxinfer.ops.placement import Rules, first_entry, placed
 from jaxinfer.sharding.cache import DividedLayer
 from jaxinfer.sharding.context import slots_on
+from jaxinfer.sharding.mesh import show_mesh
 from jaxinfer.sharding.specs import cache_shardings
 
 
@@ -22,9 +24,18 @@ class OnMesh:
     rules: Rules
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
-        """Return an empty cache whose rows and heads are divided over the mesh; see `Transformer.init_cache`."""
+        """Return an empty cache that is divided over the mesh by rows, heads and slots; see `Transformer.init_cache`.
+
+        Raises:
+            InputError: a context is to be divided, and some layer's cache can't attend over a part of its slots.
+        """
         cache = super().init_cache(batch, slots_on(slots, self.mesh.shape, self.rules), dtype)
         heads, over = (self.rules.mesh_axes(name, self.mesh.shape) for name in ("kv_heads", "sequence"))
+        whole = {type(layer).__name__ for layer in cache.layers if not hasattr(layer, "attend_part")}
+        if over and whole:
+            raise InputError(
+                f"mesh {show_mesh(self.mesh.shape)}: {whole.pop()} is not divided by {over[0]}; leave it out"
+            )
         fields = dict(mesh=self.mesh.abstract_mesh, rows=self._row_axes(batch), heads=heads, slots=over)
         return self._constrain(Cache(cache.length, [DividedLayer(layer, **fields) for layer in cache.layers]))
 
