@@ -87,15 +87,16 @@ def test_slots_are_as_many_on_each_device(slots, mesh, each):
     assert slots_on(slots, {"model": 4}, RULES["mixed"]) == slots
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("kv_int4", "kv_int4, whose old tokens"), ("kv_paged", "kv_paged, whose pages")]
-)
-def test_a_cache_whose_slots_are_not_divided_is_refused_with_a_mesh_that_fits(name, said):
-    model = apply(Program(abstract(tiny_config())), name).model
-    with pytest.raises(InputError, match=f"mesh context=4,model=2: {said}.*context=4: .*kv_int8.*; without") as refused:
-        check_fits(model, mesh_of("context=4,model=2"), RULES["mixed"])
-    fits = str(refused.value).split("context ")[-1].removesuffix(" fits")
-    check_fits(model, mesh_of(fits), RULES["mixed"])
+@pytest.mark.parametrize(("mesh", "fits"), [("context=4,model=2", "data=4"), ("data=2,context=2,model=2", "data=4")])
+def test_a_cache_whose_slots_are_not_divided_is_refused_with_a_mesh_that_fits(mesh, fits):
+    model = apply(Program(abstract(tiny_config())), "kv_int4").model
+    said = rf"mesh {mesh}: kv_int4, .*not divided by context=\d: take kv_int8 .*without context {fits},model=2 fits$"
+    with pytest.raises(InputError, match=said):
+        check_fits(model, mesh_of(mesh), RULES["mixed"])
+    check_fits(model, mesh_of(f"{fits},model=2"), RULES["mixed"])
+    paged = apply(Program(abstract(tiny_config())), "kv_paged").model
+    with pytest.raises(InputError, match="kv_paged, whose pages .* leave it out$"):
+        check_fits(paged, mesh_of(mesh), RULES["mixed"])
 
 
 def test_programs_on_a_divided_context_give_what_one_device_gives():

@@ -84,8 +84,10 @@ def _check_caches(model: Any, sizes: dict[str, int], rules: Rules) -> None:
     if not axes or not kinds:
         return
     kind = next((what for known, what in _WHOLE.items() if known in kinds), "this model's cache")
-    rest = {name: size for name, size in sizes.items() if name not in axes}
-    fitting = nearest_mesh(model, {**rest, "data": math.prod(sizes.values()) // math.prod(rest.values())}, rules)
+    rest = {"data": 1, **{name: size for name, size in sizes.items() if name not in axes}}
+    fitting = None  # no mesh takes pages
+    if Paged not in kinds:
+        fitting = nearest_mesh(model, {**rest, "data": rest["data"] * math.prod(sizes[a] for a in axes)}, rules)
     raise InputError(
         f"mesh {show_mesh(sizes)}: {kind} is not divided by {show_mesh({a: sizes[a] for a in axes})}: take kv_int8 or "
         "kv_fp8, or leave it out" + (f"; without context {show_mesh(fitting)} fits" if fitting else "")
