@@ -89,9 +89,10 @@ def shares_of_slots(
         start = jnp.minimum(i * size, S - size)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
         slots = start + jnp.arange(size)[None]
-        seen = visible(positions, slots if first_slot is None else first_slot + slots, window, tree)
+        at = slots if first_slot is None else first_slot + slots
         # The last block may reach back over slots that the one before it has counted.
-        return jax.tree.map(cut, k), jax.tree.map(cut, v), seen & (slots >= i * size)
+        seen = visible(positions, at, window, tree) & (slots >= i * size)
+        return jax.tree.map(cut, k), jax.tree.map(cut, v), seen
 
     grouped, there, reach = group_heads(q, K, scale), positions, window
     if first_slot is not None:
