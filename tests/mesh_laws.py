@@ -3,7 +3,7 @@
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,23 @@ from jaxinfer.passes import apply
 from jaxinfer.passes.calibration import Calibration
 from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.program import Program
+from jaxinfer.sharding.rules import DEFAULT
 from jaxinfer.sharding.shard import shard
 from jaxinfer.tree import leaves
 
-MESHES = {"dense": ("data=2,model=4", "fsdp=8", "fsdp=2,model=4"), "experts": ("data=2,expert=4", "expert=2,model=4")}
-BATCH, SLOTS, CHUNK = 4, 64, 8
+MESHES = {
+    "dense": ("data=2,model=4", "fsdp=8", "fsdp=2,model=4", "context=2,fsdp=2,model=2"),
+    "experts": ("data=2,expert=4", "expert=2,model=4", "context=2,expert=4"),
+}
+CACHES = ("context=4,model=2",)  # with what is about caches: too few tokens for each device, so all have them
+TABLES = (  # rules beside the default ones, which each strategy's mesh axis asks for
+    ("dense", "fully_sharded", "data=2,fsdp=2,model=2"),
+    ("dense", "tensor", "context=2,model=4"),
+    ("dense", "data", "data=2,context=2,model=2"),
+    ("experts", "expert", "expert=2,model=4"),
+    ("experts", "mixed", "context=2,model=4"),
+)
+BATCH, SLOTS, CHUNK = 4, 64, 16
 OPTIONS = {
     "kv_int4": {"group": 8, "residual": 8},  # so that some groups of a short text are packed
     "skip_layers": {"layers": (1,)},
@@ -64,7 +76,7 @@ def logits(program: Program) -> tuple[np.ndarray, Any]:
     """Return the logits of a ragged text in six chunks, of which one takes the place of two before it."""
     tokens = (np.arange(6 * BATCH * CHUNK) * 11 % 96).reshape(6, BATCH, CHUNK).astype(np.int32)
     counts = np.full((6, BATCH), CHUNK, np.int32)
-    counts[1], counts[4] = (8, 3, 0, 1), (1, 1, 1, 0)
+    counts[1], counts[4] = (16, 3, 0, 9), (1, 1, 1, 0)
     keep = np.full((6, BATCH), SLOTS, np.int32)
     keep[3] = 8
     found, cache = run(program.model, tokens, counts, keep)
@@ -72,16 +84,17 @@ def logits(program: Program) -> tuple[np.ndarray, Any]:
     return np.where(real[..., None], found, 0), cache
 
 
-def on_meshes(kind: str, name: str, program: Program) -> Iterator[dict]:
+def on_meshes(kind: str, name: str, program: Program, meshes: Sequence[str], rules: str = DEFAULT) -> Iterator[dict]:
     """Yield a line a mesh: the largest and the median difference of logits, and how the arrays lie."""
     want, _ = logits(program)
-    for mesh in MESHES[kind]:
-        placed = shard(mesh)(program)
+    for mesh in meshes:
+        placed = shard(mesh, rules)(program)
         got, cache = logits(placed)
         error = np.abs(got - want) / np.abs(want).max()
         weights = {path: leaf for path, leaf in leaves(placed.model).items() if leaf.ndim > 1}
         yield {
-            "kind": kind, "name": name, "mesh": mesh, "largest": float(error.max()), "median": float(np.median(error)),
+            "kind": kind, "name": name, "mesh": mesh, "rules": rules,
+            "largest": float(error.max()), "median": float(np.median(error)),
             "whole": [path for path, leaf in weights.items() if leaf.sharding.is_fully_replicated],
             "bytes": sum(leaf.nbytes for leaf in weights.values()),
             "device_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in weights.values()),
@@ -106,7 +119,7 @@ def decoders() -> Iterator[dict]:
     ids = (np.arange(300) * 5 % 96).tolist()
     for name, (one, options) in of.items():
         want = ji.generate(one, rows, max_new_tokens=8, **options)
-        for mesh in MESHES["dense"][: 1 if options else 3]:
+        for mesh in MESHES["dense"][:1] if options else (*MESHES["dense"][:3], *CACHES):
             many = shard(mesh)(one)
             got = ji.generate(many, rows, max_new_tokens=8, **options)
             yield {"decoder": name, "mesh": mesh, "same": bool((got.tokens == want.tokens).all())}
@@ -119,12 +132,21 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     names = sys.argv[1:]
     for kind in MESHES:
-        for name in (n for n in names if n != "decoders"):
+        for name in (n for n in names if n not in ("decoders", "tables")):
             if kind == "experts" and name not in ("none", "int4", "w8a8"):
                 continue
             spec = () if name == "none" else ((name, OPTIONS.get(name, {})),)
             program = apply(base(kind, LAYERS.get(name, 1)), *spec, calibration=calibration(kind))
-            for line in on_meshes(kind, name, program):
+            meshes = MESHES[kind]
+            if kind == "dense" and (name == "none" or name.startswith("kv_")):
+                meshes += CACHES
+            if name == "kv_int4":
+                meshes = [mesh for mesh in meshes if "context" not in mesh]  # which is refused
+            for line in on_meshes(kind, name, program, meshes):
+                print(json.dumps(line), flush=True)
+    if "tables" in names:
+        for kind, rules, mesh in TABLES:
+            for line in on_meshes(kind, "none", base(kind), (mesh,), rules):
                 print(json.dumps(line), flush=True)
     if "decoders" in names:
         for line in decoders():

@@ -16,6 +16,7 @@ from jaxinfer.plan import hlo, sweep
 from jaxinfer.plan.alternatives import alternatives
 from jaxinfer.plan.building import Built, abstract_mesh, build, cuts
 from jaxinfer.plan.counts import count
+from jaxinfer.plan.estimates import estimated_collectives
 from jaxinfer.plan.hardware import HARDWARE, HOP
 from jaxinfer.plan.network import collective_seconds
 from jaxinfer.plan.planning import plan
@@ -23,6 +24,7 @@ from jaxinfer.plan.request import Request
 from jaxinfer.plan.shapes import SHAPES, find_shape
 from jaxinfer.plan.speculation import Speculation, check_step, parse_decoder
 from jaxinfer.plan.topology import parse_topology
+from jaxinfer.sharding.specs import shard_bytes
 
 V5E = HARDWARE["v5e"]
 ASKED = Request(model="llama3-8b", topology="v5e:4x4", mesh="data=4,model=4", batch=8, context=1024)
@@ -83,6 +85,30 @@ def test_bytes_are_those_of_the_leaves():
     assert count(alone(config, "w8a8"), 2, 1, 255).integer_flops == work.product_flops
 
 
+def test_a_divided_context_divides_the_cache_its_reading_and_the_work_on_a_prompt():
+    one, four = (build(tiny_config(), "float32", (), abstract_mesh({"context": n, "model": 2})) for n in (1, 4))
+    assert shard_bytes(*four.cache(2, 1024)) == pytest.approx(shard_bytes(*one.cache(2, 1024)) / 4, rel=0.01)
+    assert shard_bytes(four.model, four.shardings) == shard_bytes(one.model, one.shardings)
+    step, whole = (count(b, 2, 1, 1023) for b in (four, one))
+    assert step.product_flops == whole.product_flops and step.weight_bytes == whole.weight_bytes
+    of_layers = (24, 1024), (24, 256)  # tokens that the two layers read: the first one's window may be all on a device
+    assert step.cache_bytes == pytest.approx(whole.cache_bytes * sum(of_layers[1]) / sum(of_layers[0]))
+    few = count(four, 2, 1, 255, context=1024)
+    assert few.cache_bytes == count(one, 2, 1, 255).cache_bytes  # one device has all that there is
+    chunk, whole = (count(b, 2, 128, 896) for b in (four, one))
+    layers, head = (
+        sum(2 * x.size for x in jax.tree.leaves(t) if len(x.shape) > 1) for t in (one.model.layers, one.model.embed)
+    )
+    assert whole.product_flops == 2 * (128 * layers + head) / 2 and chunk.product_flops == 2 * (32 * layers + head) / 2
+    assert chunk.attention_flops < whole.attention_flops
+    network = [bytes_of(estimated_collectives(b, 2, 1), "all-reduce") for b in (one, four)]
+    assert network[1] - network[0] == 2 * 2 * 2 * (8 + 2) * 4  # layers, rows, heads, the output and two numbers
+
+
+def bytes_of(collectives, kind: str) -> float:
+    return sum(n * c.bytes for c, n in collectives.items() if c.kind == kind)
+
+
 def test_experts_that_no_token_chose_are_not_read():
     built = alone(tiny_config(moe=tiny_moe()))
     experts = sum(
@@ -125,10 +151,27 @@ def test_collectives_are_read_from_hlo_in_every_notation():
   %a = f32[8]{0:T(256)} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
 }
 
+%fused_computation.1 (p: f32[8]) -> (f32[8], u32[]) {
+  %b = f32[16] all-gather(%x), replica_groups={{0,1}}
+}
+
+%async_collective_fusion.2 (p: f32[8]) -> f32[8] {
+  %b.1 = f32[16] all-gather(%x), replica_groups={{0,1}}
+}
+
+%fused_computation.3 (p: f32[8]) -> f32[16] {
+  %b.2 = f32[16] all-gather(%x), replica_groups={{0,1}}
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %async-collective-start = (f32[8], u32[]) fusion(%x), kind=kCustom, calls=%fused_computation.1
+  %fusion.2 = f32[8] fusion(%async-collective-start, %y), kind=kCustom, calls=%async_collective_fusion.2
+  %async-collective-done = f32[16] fusion(%fusion.2), kind=kCustom, calls=%fused_computation.3
   %g = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%x), replica_groups=mesh['data'=2,'model'=4] {'data'}
   %r = f32[4]{0} reduce-scatter(%x), replica_groups={{0,2},{1,3}}, dimensions={0}
   %t = s32[16]{0} all-to-all(%x), replica_groups=[4,2]<=[2,4]T(1,0)
+  %s = f32[2] all-reduce(%x), replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}, to_apply=%add
+  %p = f32[4] collective-permute(%x), source_target_pairs={{0,2},{2,0}}
   %w = (s32[], f32[8]) while(%i), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %k = f32[8] custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/decode/pallas_call"}
   ROOT %done = f32[8] copy(%w)
@@ -140,6 +183,9 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         hlo.Collective("all-gather", 64, (0, 4)): 1,
         hlo.Collective("reduce-scatter", 32, (0, 2)): 1,
         hlo.Collective("all-to-all", 64, (0, 4)): 1,
+        hlo.Collective("all-gather", 64, (0, 1)): 1,  # one, that is begun, waited for and ended
+        hlo.Collective("all-reduce", 8, (0, 2, 4, 6)): 1,
+        hlo.Collective("collective-permute", 16, (0, 2)): 1,
     }
     assert found.kernels == {"decode": 1}
 

@@ -1,5 +1,6 @@
 """Plans that compile: on simulated CPU devices, and with libtpu for TPUs that are not there."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -41,6 +42,29 @@ def test_cuts_add_up_to_the_whole_program(tmp_path):
     built = scaled.target.built
     assert a.weights == pytest.approx(shard_bytes(built.model, built.shardings), rel=0.01)  # and the new tokens
     assert scaled.phases["decode"].times is None and scaled.memory.free is None  # no peaks of a CPU are known
+
+
+def test_a_divided_context_moves_what_is_counted_for_it(tmp_path):
+    """Keys and values of a chunk, queries on their way round, parts of a step; and a quarter of a row's cache each."""
+    asked = Request(
+        model=small(tmp_path), topology="cpu:8", mesh="context=4,model=2", batch=4, context=512, dtype="float32"
+    )
+    found = plan(asked)
+    built, phases = found.target.built, found.phases
+    for name, kinds in (("prefill", {"all-gather", "all-reduce", "collective-permute"}), ("decode", {"all-reduce"})):
+        phase = phases[name]
+        assert phase.error is None, phase.error
+        compiled = bytes_by_kind(phase.collectives)
+        estimated = bytes_by_kind(estimated_collectives(built, phase.rows, phase.tokens))
+        assert set(estimated) == kinds
+        for kind in kinds:
+            assert compiled[kind] == pytest.approx(estimated[kind], rel=0.01), (name, kind)
+        assert compiled.get("all-gather", 0) < found.memory.cache / 2 or name == "prefill"
+        assert all(c.group for c in phase.collectives)
+    whole = shard_bytes(
+        *plan(dataclasses.replace(asked, topology="cpu:2", mesh="model=2"), compiling=False).target.built.cache(4, 512)
+    )
+    assert found.memory.cache == pytest.approx(whole / 4, rel=0.01)
 
 
 @needs_libtpu

@@ -1,6 +1,7 @@
 """Meshes, rules, what they refuse; and every pass, cache and decoder on eight devices against one."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -120,26 +121,51 @@ def check_law(line: dict) -> None:
     rounds = line["name"] in PASSES and PASSES[line["name"]].about.rounds_activations
     assert line["largest"] < (0.05 if rounds or line["name"] == "kv_fp8" else 1e-4), line
     assert line["median"] < 1e-5, line  # where activations are rounded a last bit decides over a step now and then
-    rows = {"data=2,model=4": 2, "fsdp=8": 1, "fsdp=2,model=4": 2, "data=2,expert=4": 2, "expert=2,model=4": 1}
-    heads = {"fsdp=8": 1, "expert=2,model=4": 8}.get(line["mesh"], 4)
-    assert line["cache_bytes"] == line["cache_device_bytes"] * rows[line["mesh"]] * heads, line
-    assert line["device_bytes"] < line["bytes"], line
+    rows_heads_slots = {
+        "data=2,model=4": 2 * 4,
+        "fsdp=8": 1,
+        "fsdp=2,model=4": 2 * 4,
+        "context=2,fsdp=2,model=2": 2 * 2 * 2,
+        "context=4,model=2": 2 * 4,
+        "data=2,expert=4": 2 * 4,
+        "expert=2,model=4": 8,
+        "context=2,expert=4": 4 * 2,
+        "context=2,model=4": 4 * 2,
+        "data=2,fsdp=2,model=2": 4,  # rules fully_sharded: four rows, and heads are whole
+        "data=2,context=2,model=2": 2 * 2 * 2,  # rules data: four rows over data and model
+    }
+    assert line["cache_bytes"] == line["cache_device_bytes"] * rows_heads_slots[line["mesh"]], line
+    assert line["device_bytes"] < line["bytes"] or line["rules"] == "data", line
 
 
 @pytest.mark.parametrize("names", HALVES, ids=["even", "odd"])
 def test_every_pass_and_cache_gives_on_every_mesh_what_one_device_gives(names):
     found = lines("mesh_laws.py", *names)
     assert {(line["name"], line["mesh"]) for line in found if line["kind"] == "dense"} == {
-        (name, mesh) for name in names for mesh in ("data=2,model=4", "fsdp=8", "fsdp=2,model=4")
+        (name, mesh)
+        for name in names
+        for mesh in ("data=2,model=4", "fsdp=8", "fsdp=2,model=4", "context=2,fsdp=2,model=2", "context=4,model=2")
+        if name not in ("kv_int4",) or "context" not in mesh  # refused
+        if name in ("none", "kv_int8", "kv_fp8") or mesh != "context=4,model=2"
     }
     for line in found:
         check_law(line)
 
 
+def test_every_table_of_rules_gives_what_one_device_gives():
+    found = {(line["rules"], line["kind"]): line for line in lines("mesh_laws.py", "tables")}
+    assert {rules for rules, _ in found} == set(RULES)
+    for line in found.values():
+        check_law(line)
+    assert all(path.endswith("bias") for path in found["fully_sharded", "dense"]["whole"])  # of no embed axis
+    assert found["data", "dense"]["device_bytes"] == found["data", "dense"]["bytes"]
+    assert found["expert", "experts"]["device_bytes"] < found["expert", "experts"]["bytes"] / 4
+
+
 def test_every_decoder_gives_on_every_mesh_the_tokens_of_one_device():
     *found, last = lines("mesh_laws.py", "decoders")
     assert {line["decoder"] for line in found} == {"greedy", "sampled", "ngram", "lookahead", "draft"}
-    assert len(found) == 13
+    assert len(found) == 17
     assert all(line["same"] for line in found), found
     np.testing.assert_allclose(last["perplexity"][1], last["perplexity"][0], rtol=1e-5)
 
@@ -155,9 +181,14 @@ def test_checkpoints_go_straight_to_their_shards_and_from_mesh_to_mesh(tmp_path)
 
 def test_the_command_line_runs_on_a_mesh_of_simulated_devices():
     common = ("generate", "Hello", "--config", TINY, "--max-new-tokens", 8, "--pass", "kv_int8")
-    runs = [process(*common, *more) for more in ((), ("--mesh", "data=2,model=4"))]
-    (alone, _), (many, told) = (run.communicate(timeout=300) for run in runs)
-    assert alone == many and runs[1].returncode == 0 and len(told.splitlines()) == 1
+    meshes = (), ("--mesh", "data=2,model=4"), ("--mesh", "context=4,model=2")
+    runs = [process(*common, *more) for more in meshes]
+    (alone, _), *others = (run.communicate(timeout=300) for run in runs)
+    for run, (many, told) in zip(runs[1:], others, strict=True):
+        assert alone == many and run.returncode == 0 and len(told.splitlines()) == 1
+    refused = process(*common[:-1], "kv_int4", "--mesh", "context=4,model=2")
+    _, told = refused.communicate(timeout=300)
+    assert refused.returncode == 2 and "kv_int4" in told and "without context data=4,model=2 fits" in told
     refused = process("eval", "--task", "perplexity", "--data", TINY, "--config", TINY, "--mesh", "model=16")
     _, told = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "mesh model=16: heads=8 (query heads) is not divided by model=16" in told
@@ -174,10 +205,20 @@ def test_programs_for_four_tpus_call_kernels_and_never_gather_a_cache():
         "decode_int4_kv_int4": {"kivi_attention", "quantized_matmul"},
         "decode_w8a8": {"decode_attention", "quantized_matmul"},
         "prefill": {"prefill_attention"},
+        "context_decode": {"decode_attention"},
+        "context_decode_int8_kv_int8": {"decode_attention", "quantized_matmul"},
+        "context_prefill": {"prefill_attention"},
     }
-    for line in found.values():
+    for name, line in found.items():
         # Two sums a layer, one of the embedding; tokens and their scores are exchanged, and no array of a cache.
+        # Of a divided context parts are merged, or queries go round, and new keys and values to their slots.
+        kinds = {"all-gather", "all-reduce", *(("collective-permute",) if name == "context_prefill" else ())}
+        assert set(line["moved"]) <= kinds and "all-reduce" in line["moved"], line
+        assert set(line["moved"]) == kinds or name != "context_prefill", line
+        most = 4 * 64 * 128 if name == "context_prefill" else 1024
         gathered = [
-            int(np.prod(json.loads(shape[shape.index("[") :]))) for shape in line["moved"].get("all-gather", [])
+            int(np.prod(json.loads(dims)))
+            for shape in line["moved"].get("all-gather", [])
+            for dims in re.findall(r"\[[\d,]+\]", shape)
         ]
-        assert max(gathered, default=0) <= 1024 and set(line["moved"]) <= {"all-gather", "all-reduce"}, line
+        assert max(gathered, default=0) <= most, line

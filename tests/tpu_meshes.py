@@ -22,19 +22,24 @@ from jaxinfer.sharding.shard import put_leaf, shard
 from jaxinfer.sharding.specs import cache_shardings
 from pallas_kernels import compat
 
+MESH = {"data": 2, "model": 2}
+CONTEXT = {"context": 2, "model": 2}
 PROGRAMS = {
     "decode": ((), 1),
     "decode_int8_kv_int8": (("int8", "kv_int8"), 1),
     "decode_int4_kv_int4": ((("int4", {"group": 64}), ("kv_int4", {"group": 64})), 1),
     "decode_w8a8": (("w8a8",), 1),
     "prefill": ((), 64),
+    "context_decode": ((), 1, CONTEXT),
+    "context_decode_int8_kv_int8": (("int8", "kv_int8"), 1, CONTEXT),
+    "context_prefill": (("int8",), 64, CONTEXT),
 }
 BATCH, SLOTS = 4, 512
 
 
-def compiled(passes: tuple, tokens: int) -> str:
+def compiled(passes: tuple, tokens: int, sizes: dict[str, int] = MESH) -> str:
     """Return the compiled decode loop of a program on four chips of a v5e, or its prefill of many tokens."""
-    mesh, rules = make_mesh({"data": 2, "model": 2}, compat.topology_devices("v5e:2x2")), RULES["mixed"]
+    mesh, rules = make_mesh(sizes, compat.topology_devices("v5e:2x2")), RULES["mixed"]
     program = shard(mesh, rules)(apply(Program(abstract(CONFIG, jnp.bfloat16)), *passes))
     cache = jax.eval_shape(lambda model: model.init_cache(BATCH, SLOTS), program.model)
     cache = jax.tree.map(put_leaf, cache, cache_shardings(cache, mesh, rules))
@@ -55,7 +60,7 @@ def compiled(passes: tuple, tokens: int) -> str:
 def moved(text: str) -> dict[str, list[str]]:
     """Return the shapes of what each kind of collective gives."""
     found = collections.defaultdict(list)
-    kinds = r"= (\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    kinds = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     for shape, kind in re.findall(kinds, text):
         found[kind].append(re.sub(r"\{[^}]*\}", "", shape))
     return dict(found)
@@ -64,8 +69,7 @@ def moved(text: str) -> dict[str, list[str]]:
 def main() -> None:
     """Print a line a program."""
     for name in sys.argv[1:] or PROGRAMS:
-        passes, tokens = PROGRAMS[name]
-        text = compiled(passes, tokens)
+        text = compiled(*PROGRAMS[name])
         calls = re.findall(r"%(\w+?)(?:\.\d+)* = .*custom_call_target=\"tpu_custom_call\"", text)
         line = {"program": name, "kernels": dict(collections.Counter(calls)), "moved": moved(text)}
         print(json.dumps(line), flush=True)

@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.slots import move, take_rows, write
 from jaxinfer.ops.attention import attention
+from jaxinfer.ops.attention_parts import Part, attention_part
 from jaxinfer.ops.token_tree import TokenTree
 
 
@@ -57,6 +58,21 @@ class DenseLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], "DenseLayer"]:
         """Attend over the live slots."""
         return attention(q, self.k, self.v, positions, scale=scale, window=window, softcap=softcap, tree=tree), self
+
+    def attend_part(
+        self,
+        q: Float[Array, "B T N H"],
+        positions: Int[Array, "B T"],
+        first_slot: Int[Array, ""],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        tree: TokenTree | None = None,
+    ) -> Part:
+        """Attend over the live slots as those from position `first_slot` on, a part of what the queries see."""
+        options = dict(scale=scale, window=window, softcap=softcap, tree=tree)
+        return attention_part(q, self.k, self.v, positions, first_slot, **options)
 
     def rewind(self, length: Int[Array, "B"]) -> "DenseLayer":
         """Nothing to do: a slot past the length is masked by its position and overwritten by the next append."""

@@ -13,19 +13,12 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.groups import Groups, empty_groups, packed_before, quantize_groups
-from jaxinfer.cache.packed_attention import as_share, packed_attention
+from jaxinfer.cache.packed_attention import packed_attention
 from jaxinfer.cache.packed_pages import PackedPages, empty_pages
 from jaxinfer.cache.slots import pick, ring_positions, write
 from jaxinfer.errors import InputError
-from jaxinfer.ops.attention import (
-    QUERY_BLOCK,
-    attention,
-    by_query_blocks,
-    group_heads,
-    share,
-    ungroup_heads,
-    visible,
-)
+from jaxinfer.ops.attention import QUERY_BLOCK, attention, by_query_blocks, group_heads, share, ungroup_heads, visible
+from jaxinfer.ops.attention_parts import as_share
 from jaxinfer.ops.online_attention import merge
 from jaxinfer.ops.token_tree import TokenTree
 

@@ -8,13 +8,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache.groups import Groups, dequantize_groups, packed_before
 from jaxinfer.cache.packed_pages import PackedPages
-from jaxinfer.ops.attention import Share, by_query_blocks, group_heads, share, visible
+from jaxinfer.ops.attention import by_query_blocks, group_heads, share, visible
+from jaxinfer.ops.attention_parts import Part, as_part, as_share
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.online_attention import SLOT_BLOCK, merge, shares_of_blocks
 from jaxinfer.ops.tpu_attention import DECODE_TOKENS
 from pallas_kernels import kivi_attention, kivi_prefill_attention, paged_kivi_attention
-
-Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # attention over some slots, its log-sum-exp: float32
 
 
 def packed_attention(
@@ -45,22 +44,6 @@ def packed_attention(
 
     pallas = functools.partial(_by_kernel, consecutive=consecutive, **options)
     return choose(implementation, pallas, xla, q, groups, positions)
-
-
-def as_share(out: Float[Array, "B T N H"], lse: Float[Array, "B T N"], kv_heads: int) -> Share:
-    """Return a part as a share, to merge it with others."""
-    B, T, N, _ = out.shape
-    out, peak = (x.reshape(B, T, kv_heads, N // kv_heads, -1).transpose(0, 2, 3, 1, 4) for x in (out, lse[..., None]))
-    return Share(out, jnp.ones_like(peak), peak)
-
-
-def as_part(found: Share) -> Part:
-    """Return a share as attention and its log-sum-exp."""
-    B, K, G, T, _ = found.out.shape
-    total = jnp.where(found.total == 0, 1, found.total)
-    lse = jnp.where(found.total == 0, -jnp.inf, found.peak + jnp.log(total))
-    out, lse = (x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, -1) for x in (found.out / total, lse))
-    return out, lse[..., 0]
 
 
 def _by_kernel(q, groups, positions, *, consecutive, residual, **options: Any) -> Part:

@@ -11,6 +11,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Int8, UInt8
 from jaxinfer.cache.slots import move, take_rows, write
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.ops.attention import Scaled
+from jaxinfer.ops.attention_parts import Part, attention_part
 from jaxinfer.ops.online_attention import online_attention
 from jaxinfer.ops.token_tree import TokenTree
 
@@ -81,6 +82,22 @@ class QuantizedLayer(nnx.Module):
         """Attend over the live slots, a block of them at a time."""
         k, v = Scaled(self.k, self.k_scale), Scaled(self.v, self.v_scale)
         return online_attention(q, k, v, positions, scale=scale, window=window, softcap=softcap, tree=tree), self
+
+    def attend_part(
+        self,
+        q: Float[Array, "B T N H"],
+        positions: Int[Array, "B T"],
+        first_slot: Int[Array, ""],
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        tree: TokenTree | None = None,
+    ) -> Part:
+        """Attend over the live slots as those from position `first_slot` on, a part of what the queries see."""
+        k, v = Scaled(self.k, self.k_scale), Scaled(self.v, self.v_scale)
+        options = dict(scale=scale, window=window, softcap=softcap, tree=tree)
+        return attention_part(q, k, v, positions, first_slot, **options)
 
     def rewind(self, length: Int[Array, "B"]) -> "QuantizedLayer":
         """Nothing to do: a slot past the length is masked by its position and overwritten by the next append."""

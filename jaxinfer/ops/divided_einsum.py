@@ -26,7 +26,7 @@ def divided(
 ) -> Float[Array, "..."] | None:
     """Return `product(x, kernel)`, an einsum of `eq`, from one product a device with its part of the kernel.
 
-    None where the product is not to be divided so: a kernel can't run, XLA is named, or a `shard_map` is around it.
+    Where a kernel can't run, or XLA is named, only new tokens are divided so, and None where they are not divided.
     `axes` names the kernel's axes. Where inputs are divided, the devices' products are summed in float32; `group` of
     the flattened inputs (None: all), which are rounded together, must then lie on one device. A mesh axis that divides
     the batch too gathers the kernel's codes.
@@ -34,14 +34,31 @@ def divided(
     Raises:
         NotImplementedError: "pallas" is named, and groups or the tiles that share a scale would be cut.
     """
-    if axes is None or implementation == "xla" or not free_axes() or chips.target() is None:
+    if axes is not None and implementation != "xla" and free_axes() and chips.target() is not None:
+        try:
+            return _divide(product, eq, x, kernel, axes, group)
+        except NotImplementedError:
+            if implementation is not None:
+                raise
+    return over_tokens(product, x, kernel)
+
+
+def over_tokens(
+    product: Callable[[Array, Any], Array], x: Float[Array, "B T ..."], kernel: Any
+) -> Float[Array, "B T ..."] | None:
+    """Return `product(x, kernel)` from one product of each device's new tokens; None where they are not divided.
+
+    A product flattens rows of tokens, and XLA would gather divided ones for that.
+    """
+    mesh, rules = free_axes(), current_rules()
+    tokens = rules.token_axes(x.shape[1], mesh) if mesh and rules is not None else ()
+    if not tokens:
         return None
-    try:
-        return _divide(product, eq, x, kernel, axes, group)
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        return None
+    along = PartitionSpec(None, tokens)
+    divide = jax.shard_map(
+        product, in_specs=(along, PartitionSpec()), out_specs=along, axis_names={*tokens}, check_vma=False
+    )
+    return divide(x, kernel)
 
 
 def _divide(product, eq, x, kernel, axes, group):
@@ -50,8 +67,8 @@ def _divide(product, eq, x, kernel, axes, group):
         raise NotImplementedError(f"a kernel is not divided over mesh axes {', '.join(mesh)} by itself")
     left, outer = eq.split("->")
     inner, letters = left.split(",")
-    rows = first_entry(rules.spec(("batch",), (x.shape[0],), mesh))
-    mesh = {axis: size for axis, size in mesh.items() if axis not in rows}
+    rows, tokens = first_entry(rules.spec(("batch",), (x.shape[0],), mesh)), rules.token_axes(x.shape[1], mesh)
+    mesh = {axis: size for axis, size in mesh.items() if axis not in (*rows, *tokens)}
     specs, over = _kernel_specs(kernel, axes, mesh, rules)
     of = dict(zip(letters, over, strict=True))
     summed = tuple(axis for letter in inner[2:] for axis in of[letter])
@@ -63,8 +80,8 @@ def _divide(product, eq, x, kernel, axes, group):
 
     return jax.shard_map(
         run,
-        in_specs=(PartitionSpec(rows, None, *(of[c] or None for c in inner[2:])), specs),
-        out_specs=PartitionSpec(rows, None, *(of[c] or None for c in outer[2:])),
+        in_specs=(PartitionSpec(rows, tokens, *(of[c] or None for c in inner[2:])), specs),
+        out_specs=PartitionSpec(rows, tokens, *(of[c] or None for c in outer[2:])),
         check_vma=False,
     )(x, kernel)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.ops import cpu_kernels
-from jaxinfer.ops.divided_einsum import divided
+from jaxinfer.ops.divided_einsum import divided, over_tokens
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.placement import Names, free_axes
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize, is_quantized
@@ -38,7 +38,8 @@ def einsum(
         ValueError: `eq` is not of that form.
     """
     product = functools.partial(einsum, eq, implementation=implementation)
-    y = divided(product, eq, x, kernel, axes, implementation) if is_quantized(kernel) else None
+    whole = not is_quantized(kernel)
+    y = over_tokens(product, x, kernel) if whole else divided(product, eq, x, kernel, axes, implementation)
     if y is not None:
         return y
     rows, out_shape = flatten(eq, x, kernel.shape)

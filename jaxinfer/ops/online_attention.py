@@ -57,25 +57,49 @@ def online_attention(
     return choose(implementation, pallas, functools.partial(_by_blocks, **options), q, k, v, positions, tree)
 
 
-def _by_blocks(q, k, v, positions, tree, *, scale, window, softcap):
+def _by_blocks(q, k, v, positions, tree, **options):
     check_tree(q, tree)
-    S = k.values.shape[2]
-    size = min(S, SLOT_BLOCK)
 
     def attend(q: Array, positions: Array, _) -> Array:
-        def read(i: Array) -> Block:
-            start = jnp.minimum(i * size, S - size)
-            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
-            slots = start + jnp.arange(size)[None]
-            # The last block may reach back over slots that the one before it has counted.
-            seen = visible(positions, slots, window, tree) & (slots >= i * size)
-            return Scaled(*map(cut, k)), Scaled(*map(cut, v)), seen
-
-        grouped = group_heads(q, k.values.shape[1], scale)
-        first, last = block_range(positions, size, -(-S // size), window, tree)
-        return ungroup_heads(finite(shares_of_blocks(grouped, read, first, last, softcap)), q)
+        return ungroup_heads(finite(shares_of_slots(q, k, v, positions, tree, **options)), q)
 
     return by_query_blocks(attend, q, positions)
+
+
+def shares_of_slots(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"] | Scaled,
+    v: Float[Array, "B K S H"] | Scaled,
+    positions: Int[Array, "B T"],
+    tree: TokenTree | None,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    first_slot: Int[Array, ""] | None = None,
+) -> Share:
+    """Return what the slots contribute to the attention of few queries; slot 0 is at position `first_slot`, or 0.
+
+    Nothing, a total of 0, where no query sees a slot of the blocks that are read.
+    """
+    K, S = (k.values if isinstance(k, Scaled) else k).shape[1:3]
+    size = min(S, SLOT_BLOCK)
+
+    def read(i: Array) -> Block:
+        start = jnp.minimum(i * size, S - size)
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
+        slots = start + jnp.arange(size)[None]
+        at = slots if first_slot is None else first_slot + slots
+        # The last block may reach back over slots that the one before it has counted.
+        seen = visible(positions, at, window, tree) & (slots >= i * size)
+        return jax.tree.map(cut, k), jax.tree.map(cut, v), seen
+
+    grouped, there, reach = group_heads(q, K, scale), positions, window
+    if first_slot is not None:
+        there = positions - first_slot
+        reach = window if tree is None else None  # a node before the first slot has its own after it
+    first, last = block_range(there, size, -(-S // size), reach, tree)
+    return shares_of_blocks(grouped, read, first, last, softcap)
 
 
 def block_range(

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 Names = Sequence[str | None]  # a logical name for each axis of an array; None: an axis that is never divided
+TOKENS_EACH = 8  # of a device at least, where new tokens are divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,19 @@ class Rules:
         while entries and entries[-1] is None:
             entries.pop()
         return PartitionSpec(*entries)
+
+    def token_axes(self, tokens: int, mesh: Mapping[str, int]) -> tuple[str, ...]:
+        """Return the axes of the mesh over which a step's new tokens of a row are divided: none of a few tokens."""
+        axes = self.mesh_axes("sequence", mesh)
+        return axes if divides_tokens(tokens, math.prod(mesh[a] for a in axes)) else ()
+
+
+def divides_tokens(tokens: int, ways: int) -> bool:
+    """Return whether a step's new tokens of a row are divided over so many devices, or whole on each.
+
+    Few take no time to compute with but for the weights and the cache that they read.
+    """
+    return ways > 1 and tokens % ways == 0 and tokens // ways >= TOKENS_EACH
 
 
 def first_entry(spec: Sequence[str | tuple[str, ...] | None]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import abstract
 from jaxinfer.ops.placement import Rules
 from jaxinfer.program import Program
+from jaxinfer.sharding.context import slots_on
 from jaxinfer.sharding.fitting import fit
 from jaxinfer.sharding.rules import DEFAULT, RULES
 from jaxinfer.sharding.shard import put
@@ -44,7 +45,7 @@ class Built:
 
     def cache(self, rows: int, context: int) -> tuple[Cache, Any]:
         """Return an empty cache of `rows` rows for `context` tokens, and its shardings."""
-        slots = slots_for(context)
+        slots = slots_on(slots_for(context), self.sizes, self.rules)
         cache = jax.eval_shape(lambda: self.model.init_cache(rows, slots))
         return cache, cache_shardings(cache, self.mesh, self.rules)
 
@@ -53,6 +54,10 @@ class Built:
         spec = self.rules.spec((name,), (size,), self.sizes)
         axes = (spec[0] if isinstance(spec[0], tuple) else (spec[0],)) if len(spec) else ()
         return math.prod(self.sizes[a] for a in axes if a)
+
+    def tokens(self, tokens: int) -> int:
+        """Return how many of a row's new tokens a device works on."""
+        return tokens // math.prod(self.sizes[a] for a in self.rules.token_axes(tokens, self.sizes))
 
     def cut(self, layers: Sequence[int]) -> "Built":
         """Return the model with only these of its layers."""

@@ -19,7 +19,7 @@ class Work:
     """Bytes and FLOPs of one device in a step; a multiply and an add are two."""
 
     weight_bytes: float | int  # read: of experts those that some token chooses, of a table that only looks up its rows
-    cache_bytes: float | int  # read: the live tokens, of a window those in it
+    cache_bytes: float | int  # read: the live tokens, of a window those in it; of a divided context the fullest part
     activation_bytes: float | int  # what products read and write beside the weights
     product_flops: float | int  # with weights, in floats
     integer_flops: float | int  # with weights, in int8
@@ -36,13 +36,15 @@ class Work:
         return self.product_flops + self.integer_flops + self.attention_flops
 
 
-def count(built: Built, rows: int, tokens: int, before: int) -> Work:
+def count(built: Built, rows: int, tokens: int, before: int, context: int = 0) -> Work:
     """Return the work of a step in which each of `rows` rows gets `tokens` new tokens after `before` old ones.
 
+    A row has slots for `context` tokens, or for these: where devices divide them, the first ones fill first.
     Logits are of each row's last token. Which experts are read is the expectation where every token chooses at random:
     `1 - (1 - k / E) ** tokens` of them.
     """
     per_group = rows / built.ways("batch", rows)  # rows that a device works on
+    own = built.tokens(tokens)  # of each of them
     totals = dict.fromkeys(("weight_bytes", "activation_bytes", "product_flops", "integer_flops"), 0.0)
     leaves = jax.tree_util.tree_flatten_with_path(built.model, is_leaf=is_quantized)[0]
     shardings = iter(jax.tree.leaves(built.shardings))
@@ -56,10 +58,10 @@ def count(built: Built, rows: int, tokens: int, before: int) -> Work:
             totals["weight_bytes"] += size
             continue
         if head == "table" and built.model.unembed is not None:
-            totals["weight_bytes"] += min(size, per_group * tokens * size / leaf.shape[0])
+            totals["weight_bytes"] += min(size, per_group * own * size / leaf.shape[0])
             continue
         is_head = head == "table" or node is built.model.unembed
-        seen = per_group * (1 if is_head else tokens)  # tokens that meet this weight
+        seen = per_group * (1 if is_head else own)  # tokens that meet this weight
         read, met = 1.0, seen
         if isinstance(node, Experts):
             chosen = built.model.config.moe.experts_per_token / leaf.shape[0]
@@ -70,7 +72,7 @@ def count(built: Built, rows: int, tokens: int, before: int) -> Work:
         totals["integer_flops" if integer else "product_flops"] += flops
         totals["weight_bytes"] += read * size
         totals["activation_bytes"] += _activations(node, leaf, met, lies[0], built)
-    cache_bytes, attention = _attention(built, rows, tokens, before)
+    cache_bytes, attention = _attention(built, rows, tokens, before, context)
     return Work(cache_bytes=cache_bytes, attention_flops=attention, **totals)
 
 
@@ -97,22 +99,27 @@ def _activations(node: Any, leaf: Any, met: float | int, lies: Any, built: Built
     return 2.0 * met * (sides[True] + sides[False])
 
 
-def _attention(built: Built, rows: int, tokens: int, before: int) -> tuple[float | int, float]:
-    """Return the bytes of the cache that a device reads, and the FLOPs of its scores and sums."""
+def _attention(built: Built, rows: int, tokens: int, before: int, context: int) -> tuple[float | int, float]:
+    """Return the bytes of the cache that a device reads, and the FLOPs of its scores and sums.
+
+    Of devices that divide a context, those of the one with the most live slots, which all queries come by.
+    """
     config = built.model.config
-    cache, lies = built.cache(rows, before + tokens)
-    slots = _slots(cache, built)
+    over = built.ways("sequence", 0)  # a number that every mesh divides, as slots are chosen to be
+    cache, lies = built.cache(rows, max(context, before + tokens) if over > 1 else before + tokens)
+    slots = _slots(cache)
+    slots, most = slots // over, slots // over if over > 1 else before + tokens
     size, flops = 0.0, 0.0
-    ways = built.ways("batch", rows) * built.ways("heads", config.num_heads) * built.ways("slots", slots)
+    ways = built.ways("batch", rows) * built.ways("heads", config.num_heads)
     for i, (layer, lie) in enumerate(zip(cache.layers, lies.layers, strict=True)):
         window = config.window(i) or before + tokens
-        live = min(before + tokens, window + tokens - 1)
+        live = min(before + tokens, window + tokens - 1, most)
         size += shard_bytes(layer, lie) * min(1.0, live / slots)
-        pairs = sum(min(before + t + 1, window) for t in (0, tokens - 1)) / 2 * tokens
+        pairs = sum(min(before + t + 1, window, most) for t in (0, tokens - 1)) / 2 * tokens
         flops += 4.0 * rows * config.num_heads * config.head_dim * pairs / ways
     return size, flops
 
 
-def _slots(cache: Any, built: Built) -> int:
+def _slots(cache: Any) -> int:
     """Return the slots of a layer's cache: its third axis."""
     return max(leaf.shape[2] for leaf in jax.tree.leaves(cache.layers) if len(leaf.shape) > 2)

@@ -6,15 +6,17 @@ multiplies int8 weights, with more rows than the kernel takes, it adds the sums 
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.models.transformer import Attention
 from jaxinfer.plan.building import Built
 from jaxinfer.plan.hlo import Collective
 from jaxinfer.sharding.specs import shard_bytes
+from jaxinfer.tree import select
 
 
 def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collective, float | int]:
@@ -22,7 +24,7 @@ def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collecti
     config, model, sizes = built.model.config, built.model, built.sizes
     found: collections.Counter[Collective] = collections.Counter()
     over_rows = built.rules.mesh_axes("batch", sizes)
-    local = rows / built.ways("batch", rows) * tokens  # tokens of a device
+    local = rows / built.ways("batch", rows) * built.tokens(tokens)  # tokens of a device
     hidden = int(local * config.embed_dim)
 
     def over(name: str) -> tuple[str, ...]:
@@ -38,11 +40,40 @@ def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collecti
         add("all-reduce", sums, over("heads"))
         wide = tuple(dict.fromkeys((*over("experts"), *over("mlp")))) if config.is_moe(i) else over("mlp")
         add("all-reduce", sums, wide)
+    for kind, size, times in _of_context(built, rows, tokens):
+        axes = built.rules.mesh_axes("sequence", sizes)
+        places = group(sizes, axes)
+        found[Collective(kind, size, places[:2] if kind == "collective-permute" else places)] += times
     stored = tuple(a for a in built.rules.mesh_axes("embed", sizes) if a in over_rows)
     if stored:
         leaves, lies = jax.tree.leaves(model.layers), jax.tree.leaves(built.shardings.layers)
         add("all-gather", shard_bytes(leaves, lies) * math.prod(sizes[a] for a in stored), stored)
     return dict(found)
+
+
+def _of_context(built: Built, rows: int, tokens: int) -> Iterator[tuple[str, int, int]]:
+    """Yield the kind, bytes and number of the collectives of all layers that a divided context takes.
+
+    Of few tokens parts of attention are merged: a maximum, and sums of float32. Of many, new keys and values go to
+    the devices of their slots, and queries with what they have gathered go round.
+    """
+    config, ways = built.model.config, math.prod(built.sizes[a] for a in built.rules.mesh_axes("sequence", built.sizes))
+    if ways == 1:
+        return
+    of_rows = rows // built.ways("batch", rows)
+    own, size = built.tokens(tokens), jnp.dtype(built.model.embed.table.dtype).itemsize
+    lse = of_rows * own * config.num_heads // built.ways("heads", config.num_heads) * 4
+    out, layers = lse * config.head_dim, config.num_layers
+    if own == tokens:
+        yield "all-reduce", lse, layers
+        yield "all-reduce", out + lse, layers
+        return
+    for node in select(built.model, Attention).values():
+        key_heads = node.num_kv_heads // built.ways("kv_heads", node.num_kv_heads)
+        yield "all-gather", of_rows * tokens * key_heads * config.head_dim * size, 2
+    yield "collective-permute", out * size // 4, layers * ways  # queries, and in the end what comes of them
+    yield "collective-permute", out, layers * (ways - 1)
+    yield "collective-permute", lse, layers * (ways - 1)
 
 
 def group(sizes: dict[str, int], axes: Sequence[str]) -> tuple[int, ...]:

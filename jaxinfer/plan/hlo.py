@@ -62,7 +62,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
         operation = _OPERATION.match(line)
         if operation is None:
             continue
-        _, shape, kind, rest = operation.groups()
+        this, shape, kind, rest = operation.groups()
         base = kind.removesuffix("-start")
         if base in KINDS:
             group = _group(rest)
@@ -78,8 +78,10 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
             last = branches[1].split(",")[-1] if branches else re.search(r"true_computation=(%?[\w.\-]+)", rest)[1]
             _walk(computations, last.strip().lstrip("%"), times, found)
         elif kind in ("call", "fusion", "async-start"):
-            for called in _CALLED.findall(rest):
-                _walk(computations, called, times, found)
+            # What runs on a TPU while a collective is on its way holds that too, as its end does: its start counts.
+            for called in () if this.startswith("async-collective-done") else _CALLED.findall(rest):
+                if not called.startswith("async_collective_fusion"):
+                    _walk(computations, called, times, found)
 
 
 def _moved(base: str, kind: str, shape: str, devices: int) -> int:
@@ -91,10 +93,14 @@ def _moved(base: str, kind: str, shape: str, devices: int) -> int:
 
 def _group(rest: str) -> tuple[int, ...]:
     """Return the first of a collective's groups of devices, in any of the ways in which HLO writes them."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    order = r"\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)"
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids={order})?\s*\{{([^}}]*)\}}", rest):
         sizes = {name: int(size) for name, size in re.findall(r"'([\w.\-]+)'=(\d+)", found[1])}
-        over = re.findall(r"'([\w.\-]+)'", found[2])
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        over = re.findall(r"'([\w.\-]+)'", found[4])
+        places = np.arange(math.prod(sizes.values()))
+        by, turned = ([int(n) for n in part.split(",")] if part else None for part in (found[2], found[3]))
+        places = places if turned is None else places.reshape(by).transpose(turned)
+        places = places.reshape(tuple(sizes.values()))
         return tuple(places[tuple(slice(None) if name in over else 0 for name in sizes)].reshape(-1).tolist())
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         to, by, turned = ([int(n) for n in part.split(",")] if part else None for part in found.groups())

@@ -129,7 +129,7 @@ def _compile(target: Target, note: Note) -> tuple[np.ndarray | None, dict[str, C
 def _phase(target: Target, name: str, places: np.ndarray, compiled: Compiled | str | None) -> Phase:
     rows, tokens = _steps(target)[name]
     context = target.prompt if name == "prefill" else target.request.context
-    work = count(target.built, rows, tokens, context - tokens)
+    work = count(target.built, rows, tokens, context - tokens, target.request.context)
     error = compiled if isinstance(compiled, str) else None
     compiled = None if isinstance(compiled, str) else compiled
     found = estimated_collectives(target.built, rows, tokens) if compiled is None else dict(compiled.collectives)
@@ -150,7 +150,7 @@ def _whole_prompt(target: Target, phase: Phase, places: np.ndarray) -> Times | N
     total = None
     for start in range(0, target.prompt, CHUNK):
         tokens = min(CHUNK, target.prompt - start)
-        work = count(target.built, phase.rows, tokens, start)
+        work = count(target.built, phase.rows, tokens, start, target.request.context)
         times = _times(target, work, phase.collectives, places)  # a shorter last chunk is padded
         total = times if total is None else total + times
     return total

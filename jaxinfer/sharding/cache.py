@@ -1,11 +1,15 @@
-"""A layer's cache that is divided over devices by rows and heads: each works on its own, and reads nobody else's."""
+"""A layer's cache that is divided over devices by rows, heads and slots: each works on what it has of them."""
 
+import math
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from jaxinfer.ops.placement import divides_tokens
+from jaxinfer.sharding.context import Slots
 
 Axes = tuple[str, ...]
 
@@ -14,13 +18,15 @@ Axes = tuple[str, ...]
 class DividedLayer(nnx.Module):
     """Any layer cache under `shard_map`: what it holds is `[B, K, ...]`, and rows and heads never read one another.
 
-    So a cache needs no code for a mesh, kernels run on what a device has, and nothing of it is ever moved.
+    So a cache needs no code for a mesh, kernels run on what a device has, and nothing of it is ever moved. Where slots
+    are divided too, a cache is one that attends over a part of them; see `Slots`.
     """
 
     inner: Any = nnx.data()
     mesh: AbstractMesh = nnx.static(kw_only=True)
     rows: Axes = nnx.static(kw_only=True)  # axes of the mesh that divide the batch
     heads: Axes = nnx.static(kw_only=True)  # that divide key heads, and with them the query heads that read them
+    slots: Axes = nnx.static(default=(), kw_only=True)  # that divide the context: slots, and the tokens of a prompt
 
     @property
     def exact_rewind(self) -> int | None:
@@ -35,13 +41,14 @@ class DividedLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "DividedLayer":
         """Append on every device the rows and heads that are its own."""
-        return self._around(self._everywhere("append", k, v, start, counts)[1])
+        return self._around(self._everywhere("append", k, v, start, counts, tokens=self._tokens(k.shape[1]))[1])
 
     def attend(
         self, q: Float[Array, "B T N H"], positions: Int[Array, "B T"], **options: Any
     ) -> tuple[Float[Array, "B T N H"], "DividedLayer"]:
         """Attend on every device with the query heads that read its own."""
-        y, inner = self._everywhere("attend", q, positions, **options)
+        tokens = self._tokens(q.shape[1]) if options.get("tree") is None else ()
+        y, inner = self._everywhere("attend", q, positions, tokens=tokens, **options)
         return y, self._around(inner)
 
     def rewind(self, length: Int[Array, "B"]) -> "DividedLayer":
@@ -61,10 +68,17 @@ class DividedLayer(nnx.Module):
         return self._around(self.inner.fork(rows, length, room))
 
     def _around(self, inner: Any) -> "DividedLayer":
-        return DividedLayer(inner, mesh=self.mesh, rows=self.rows, heads=self.heads)
+        return DividedLayer(inner, mesh=self.mesh, rows=self.rows, heads=self.heads, slots=self.slots)
 
-    def _everywhere(self, method: str, *given: Array, **options: Any) -> tuple[Any, Any]:
-        """Return what the cache's method gives where each device calls it with its part: an output or None, a cache."""
+    def _tokens(self, count: int) -> Axes:
+        """Return the axes that divide so many new tokens."""
+        return self.slots if divides_tokens(count, math.prod(self.mesh.shape[axis] for axis in self.slots)) else ()
+
+    def _everywhere(self, method: str, *given: Array, tokens: Axes = (), **options: Any) -> tuple[Any, Any]:
+        """Return what the cache's method gives where each device calls it with its part: an output or None, a cache.
+
+        The tokens of heads that go in and out are divided over the axes `tokens`.
+        """
         arrays = {name: x for name, x in options.items() if any(hasattr(leaf, "ndim") for leaf in jax.tree.leaves(x))}
         fixed = {name: x for name, x in options.items() if name not in arrays}
 
@@ -72,11 +86,15 @@ class DividedLayer(nnx.Module):
             out = getattr(inner, method)(*given, **arrays, **fixed)
             return out if isinstance(out, tuple) else (None, out)
 
+        def call_part(inner: Any, given: tuple, arrays: dict) -> tuple[Any, Any]:
+            return call(Slots(inner, self.slots, bool(tokens)) if self.slots else inner, given, arrays)
+
         y, inner = jax.eval_shape(call, self.inner, given, arrays)
-        held, passed = (lambda tree: jax.tree.map(self._held, tree)), (lambda tree: jax.tree.map(self._passed, tree))
+        held = lambda tree: jax.tree.map(self._held, tree)  # noqa: E731
+        passed = lambda tree: jax.tree.map(lambda x: self._passed(x, tokens), tree)  # noqa: E731
         asked = {name: jax.tree.map(lambda _, x=x: self._asked(x), x) for name, x in arrays.items()}
         divided = jax.shard_map(
-            call,
+            call_part,
             mesh=self.mesh,
             in_specs=(held(self.inner), passed(given), asked),
             out_specs=(passed(y), held(inner)),
@@ -85,14 +103,14 @@ class DividedLayer(nnx.Module):
         return divided(self.inner, given, arrays)
 
     def _held(self, x: Any) -> PartitionSpec:
-        """Return how an array of the cache lies: `[B, K, ...]`, or `[B]`."""
-        return PartitionSpec(*(self.rows, self.heads)[: x.ndim])
+        """Return how an array of the cache lies: `[B, K, ...]`, of divided slots `[B, K, S, ...]`, or `[B]`."""
+        return PartitionSpec(*(self.rows, self.heads, self.slots)[: x.ndim])
 
     def _asked(self, option: Any) -> PartitionSpec:
         """Return how an option lies: a tree of tokens is `[T, T]`, one for all rows, or `[B, T, T]`, one a row."""
         each = max(leaf.ndim for leaf in jax.tree.leaves(option)) > 2
         return PartitionSpec(self.rows) if each else PartitionSpec()
 
-    def _passed(self, x: Any) -> PartitionSpec:
+    def _passed(self, x: Any, tokens: Axes) -> PartitionSpec:
         """Return how what goes in and out lies: `[B, T, heads, H]`, or `[B, ...]`."""
-        return PartitionSpec(self.rows, None, self.heads) if x.ndim == 4 else PartitionSpec(self.rows)
+        return PartitionSpec(self.rows, tokens, self.heads) if x.ndim == 4 else PartitionSpec(self.rows)

@@ -17,7 +17,7 @@ from jaxinfer.sharding.names import names_of, owner
 
 @nnx.dataclass
 class DividedMoE(MoE):
-    """The mixture under `shard_map` over the axes that divide its experts; elsewhere, and without a mesh, the same.
+    """The mixture under `shard_map` over the axes that divide experts or tokens; the same where there are none.
 
     Rows are whole on all devices that share them, so none is sent: a device leaves out what is not for its experts,
     and the devices' outputs are summed.
@@ -27,7 +27,8 @@ class DividedMoE(MoE):
         mesh, rules = free_axes(), current_rules()
         E = self.gate.kernel.shape[0]
         over = () if rules is None else first_entry(rules.spec(("experts",), (E,), mesh))
-        if not over:
+        tokens = () if rules is None else rules.token_axes(x.shape[1], mesh)
+        if not over and not tokens:
             return super().__call__(x)
         rows = tuple(a for a in first_entry(rules.spec(("batch",), (x.shape[0],), mesh)) if a not in over)
         weights, experts = (part.reshape(*x.shape[:2], -1) for part in self.route(x))
@@ -39,16 +40,16 @@ class DividedMoE(MoE):
             return PartitionSpec(*(over if name == "experts" else None for name in names))
 
         def run(parts: tuple, x: Array, weights: Array, experts: Array) -> Array:
-            first = jax.lax.axis_index(over) * (E // math.prod(mesh[axis] for axis in over))
+            first = jax.lax.axis_index(over) * (E // math.prod(mesh[axis] for axis in over)) if over else 0
             y = _run(parts, x, weights, experts - first, self.activation)
-            return jax.lax.psum(y, over).astype(x.dtype)
+            return (jax.lax.psum(y, over) if over else y).astype(x.dtype)
 
-        along = PartitionSpec(rows)
+        along = PartitionSpec(rows, tokens)
         return jax.shard_map(
             run,
             in_specs=(jax.tree_util.tree_map_with_path(spec, parts), along, along, along),
             out_specs=along,
-            axis_names={*rows, *over},
+            axis_names={*rows, *tokens, *over},
             check_vma=False,
         )(parts, x, weights, experts)
 

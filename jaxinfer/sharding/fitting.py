@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from jaxinfer.cache.dense import Dense
+from jaxinfer.cache.kivi import Kivi
+from jaxinfer.cache.paged import Paged
+from jaxinfer.cache.quantized import QuantizedCache
 from jaxinfer.errors import InputError
 from jaxinfer.models.layers import Linear
 from jaxinfer.models.transformer import Attention
@@ -26,6 +30,8 @@ _PEOPLE = {
     "mlp": "the width of the mlp",
     "experts": "experts",
 }
+
+_WHOLE = {Kivi: "kv_int4, whose old tokens are in groups of many", Paged: "kv_paged, whose pages are of all rows"}
 
 
 def fit(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
@@ -59,6 +65,7 @@ def check_fits(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
     sizes = dict(mesh.shape)
     if _divides_outputs(sizes, rules) and select(model, (FusedQKV, FusedGateUp)):
         raise InputError("fused projections can't be divided: apply sharding.fitting.fit, or load with the mesh")
+    _check_caches(model, sizes, rules)
     problem = _problem(model, sizes, rules)
     if problem is not None:
         name, size, axes = problem
@@ -68,6 +75,23 @@ def check_fits(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
             f"mesh {show_mesh(sizes)}: {name}={size} ({_PEOPLE[name]}) is not divided by {parts} (rules {rules.name}); "
             + (f"{show_mesh(fitting)} fits" if fitting else "no mesh of as many devices fits")
         )
+
+
+def _check_caches(model: Any, sizes: dict[str, int], rules: Rules) -> None:
+    """Raise InputError where a context is divided and some layer's cache is of a kind that can't be."""
+    axes = rules.mesh_axes("sequence", sizes)
+    kinds = {type(node.cache) for node in select(model, Attention).values()} - {Dense, QuantizedCache}
+    if not axes or not kinds:
+        return
+    kind = next((what for known, what in _WHOLE.items() if known in kinds), "this model's cache")
+    rest = {"data": 1, **{name: size for name, size in sizes.items() if name not in axes}}
+    fitting = None  # no mesh takes pages
+    if Paged not in kinds:
+        fitting = nearest_mesh(model, {**rest, "data": rest["data"] * math.prod(sizes[a] for a in axes)}, rules)
+    raise InputError(
+        f"mesh {show_mesh(sizes)}: {kind} is not divided by {show_mesh({a: sizes[a] for a in axes})}: take kv_int8 or "
+        "kv_fp8, or leave it out" + (f"; without context {show_mesh(fitting)} fits" if fitting else "")
+    )
 
 
 def nearest_mesh(model: Any, sizes: Mapping[str, int], rules: Rules) -> dict[str, int] | None:

@@ -17,6 +17,7 @@ AXES = {
     "fsdp": "rows of the batch, and the weights along embed: gathered, or their products summed, where they are used",
     "model": "heads, the mlp's width and the vocabulary",
     "expert": "experts, and what `model` divides where there are none",
+    "context": "a row's context: the slots of its cache, and the tokens of its prompt",
 }
 
 

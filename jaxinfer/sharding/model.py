@@ -9,8 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.cache.base import Cache
+from jaxinfer.errors import InputError
 from jaxinfer.ops.placement import Rules, first_entry, placed
 from jaxinfer.sharding.cache import DividedLayer
+from jaxinfer.sharding.context import slots_on
+from jaxinfer.sharding.mesh import show_mesh
 from jaxinfer.sharding.specs import cache_shardings
 
 
@@ -21,24 +24,34 @@ class OnMesh:
     rules: Rules
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
-        """Return an empty cache whose rows and heads are divided over the mesh; see `Transformer.init_cache`."""
-        cache = super().init_cache(batch, slots, dtype)
-        rows = self._row_axes(batch)
-        heads = self.rules.mesh_axes("kv_heads", self.mesh.shape)
-        fields = dict(mesh=self.mesh.abstract_mesh, rows=rows, heads=heads)
+        """Return an empty cache that is divided over the mesh by rows, heads and slots; see `Transformer.init_cache`.
+
+        Raises:
+            InputError: a context is to be divided, and some layer's cache can't attend over a part of its slots.
+        """
+        cache = super().init_cache(batch, slots_on(slots, self.mesh.shape, self.rules), dtype)
+        heads, over = (self.rules.mesh_axes(name, self.mesh.shape) for name in ("kv_heads", "sequence"))
+        whole = {type(layer).__name__ for layer in cache.layers if not hasattr(layer, "attend_part")}
+        if over and whole:
+            raise InputError(
+                f"mesh {show_mesh(self.mesh.shape)}: {whole.pop()} is not divided by {over[0]}; leave it out"
+            )
+        fields = dict(mesh=self.mesh.abstract_mesh, rows=self._row_axes(batch), heads=heads, slots=over)
         return self._constrain(Cache(cache.length, [DividedLayer(layer, **fields) for layer in cache.layers]))
 
     def __call__(self, tokens: Array, cache: Cache, *args: Any, **options: Any) -> tuple[Array, Cache]:
         """Return what the model returns, traced for the mesh; see `Transformer.__call__`."""
         with placed(self.mesh, self.rules):
             hidden, cache = super().__call__(tokens, cache, *args, **options)
-        return self._put(hidden, self._row_axes(len(tokens))), self._constrain(cache)
+        return self._put_tokens(hidden), self._constrain(cache)
 
     def run_layers(self, x: Array, cache: Cache, *args: Any, **options: Any) -> tuple[Array, Cache, list[Array]]:
         """Return what the model returns, traced for the mesh; see `Transformer.run_layers`."""
         with placed(self.mesh, self.rules):
+            if self.rules.token_axes(x.shape[1], self.mesh.shape):
+                x = self._put_tokens(x)
             x, cache, found = super().run_layers(x, cache, *args, **options)
-        return self._put(x, self._row_axes(len(x))), self._constrain(cache), found
+        return self._put_tokens(x), self._constrain(cache), found
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return next-token scores in float32; the vocabulary is divided as the table is."""
@@ -51,8 +64,10 @@ class OnMesh:
     def _constrain(self, cache: Cache) -> Cache:
         return jax.lax.with_sharding_constraint(cache, cache_shardings(cache, self.mesh, self.rules))
 
-    def _put(self, x: Array, *spec: Any) -> Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+    def _put_tokens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return hidden states where the work on them is to be done."""
+        spec = PartitionSpec(self._row_axes(len(x)), self.rules.token_axes(x.shape[1], self.mesh.shape))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
 @functools.cache

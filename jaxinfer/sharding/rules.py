@@ -1,6 +1,7 @@
 """The ready-made rules: which mesh axes each logical axis of weights, caches and activations is divided over.
 
-Logical axes: embed, mlp, heads, kv_heads, head_dim, vocab, experts (weights); batch, kv_heads (caches).
+Logical axes: embed, mlp, heads, kv_heads, head_dim, vocab, experts (weights); batch, kv_heads, sequence (caches, of
+which sequence is the slots; new tokens are batch by sequence where they are many).
 A mixture is a mesh with several axes: under "mixed" each strategy is a mesh axis of its own.
 """
 
@@ -14,7 +15,7 @@ MUST_DIVIDE = ("heads", "kv_heads", "mlp", "experts")
 
 
 def _rules(name: str, about: str, **table: tuple[str, ...]) -> Rules:
-    return Rules(name, tuple(table.items()), about)
+    return Rules(name, (*table.items(), ("sequence", ("context",))), about)
 
 
 _WIDTHS = ("heads", "kv_heads", "mlp", "vocab")
@@ -45,11 +46,11 @@ RULES: dict[str, Rules] = {
         ),
         _rules(
             "fully_sharded",
-            "rows over all axes, weights along embed over all of them, too: none holds a whole one",
+            "rows over all axes but context, weights along embed over all of them, too: none holds a whole one",
             batch=("data", "fsdp", "model"),
             embed=("data", "fsdp", "model"),
         ),
-        _rules("data", "rows over all axes; every device holds the model", batch=("data", "model")),
+        _rules("data", "rows over all axes but context; every device holds the model", batch=("data", "model")),
         _rules(
             "expert",
             "experts, and heads and vocabulary, over expert and model; rows over data",

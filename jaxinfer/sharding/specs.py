@@ -53,7 +53,8 @@ def sharding_of(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Callable
 def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """Return the cache's tree with a NamedSharding for each leaf; shapes are enough.
 
-    Every array of a cache is `[B, K, ...]`, or `[B]`: rows, then heads (or the runs of channels of a head).
+    Every array of a cache is `[B, K, ...]`, or `[B]`: rows, then heads (or the runs of channels of a head). The third
+    axis is the slots where a context is divided, which the kinds of cache that have others refuse.
     """
     sizes = dict(mesh.shape)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, cache_spec(leaf.shape, sizes, rules)), cache)
@@ -61,7 +62,7 @@ def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
 
 def cache_spec(shape: Sequence[int], sizes: Mapping[str, int], rules: Rules) -> PartitionSpec:
     """Return how one array of a cache lies."""
-    names = ("batch", "kv_heads")[: len(shape)]
+    names = ("batch", "kv_heads", "sequence")[: len(shape)]
     return rules.spec((*names, *(None for _ in shape[len(names) :])), shape, sizes)
 
 

@@ -115,6 +115,11 @@ TESTS = [
     case("h256", 1, 70, 2, 1, 128, 256, dtype=F32, blocks={"rows": 16, "buffers": 3}),
     case("chunk", 3, 40, 2, 2, 384, 64, dtype=F32, position=[0, 300, 120], length=[40, 340, 160], return_lse=True),
     case("empty_rows", 3, 40, 2, 1, 256, 64, dtype=F32, position=[0, 7, -1], length=[0, 30, 0], return_lse=True),
+    # Slots that are a part of a row's: queries begin before them, run past them, are past them all, or before them all.
+    case("part", 4, 40, 2, 2, 256, 64, dtype=F32, position=[-20, 240, 400, -90], length=[20, 280, 440, -50],
+         return_lse=True),
+    case("part_window", 4, 40, 2, 2, 256, 64, dtype=F32, position=[-20, 240, 270, -90], length=[20, 280, 310, -50],
+         window=30, return_lse=True),
     case("window", 1, 300, 1, 2, 300, 64, dtype=F32, window=50),
     case("window_over_length", 2, 100, 1, 2, 128, 64, dtype=F32, window=500, length=[100, 60]),
     case("window_sinks", 1, 64, 1, 2, 512, 64, dtype=F32, window=40, sinks=4, position=[440], return_lse=True),
