@@ -18,7 +18,8 @@ from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.token_tree import TokenTree
 
 _PASSES = 4  # that one timing repeats
-_ROUNDS = 5  # of timings, in turns; the first may compile
+_ROUNDS = 4  # of timings, in turns, at least, and as many more as fit some seconds
+_SECONDS = 3.0
 _memory: dict[tuple, Costs] = {}
 
 
@@ -46,7 +47,7 @@ def costs_of(
     return _memory[key]
 
 
-def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]]:
+def _measure(model, drafter, widths, batch: int, slots: int) -> tuple[list[float], list[float]]:
     # Tokens of no meaning, all different: what a drafter finds in them is nothing, and it looks at all of them.
     row = (np.arange(slots * 3 // 4) * 7919 % model.config.vocab_size).tolist()
     known = Known(
@@ -70,19 +71,20 @@ def _measure(model, drafter, widths, batch: int, slots: int) -> list[list[float]
         tree = None if parents == chain(width) else TokenTree.of(parents)
         runs.append(functools.partial(check, width, tree))
     runs += [functools.partial(draft, width) for width in widths]
-    best = [float("inf")] * len(runs)
-    for round_ in range(_ROUNDS):  # in turns, so that a busy moment does not fall on one of them
-        for i, run in enumerate(runs):
+    times: list[list[float]] = []  # round after round: machines have busy moments, and shares of one round do not
+    begun = time.perf_counter()
+    while len(times) <= _ROUNDS or time.perf_counter() - begun < _SECONDS:
+        times.append([])
+        for run in runs:
             begin = time.perf_counter()
             jax.block_until_ready(run())
-            if round_:
-                best[i] = min(best[i], time.perf_counter() - begin)
-    one = best[0]
+            times[-1].append(time.perf_counter() - begin)
+        begun = time.perf_counter() if len(times) == 1 else begun  # the first may compile, and is left out
+    found = np.asarray(times[1:])
     # An empty draft costs what the dispatch does.
-    return [
-        [x / one for x in best[: len(widths)]],
-        [max(0.0, x - best[len(widths)]) / one for x in best[len(widths) :]],
-    ]
+    found[:, len(widths) :] -= found[:, len(widths)][:, None]
+    cost = np.maximum(np.median(found / found[:, :1], axis=0), 0)
+    return cost[: len(widths)].tolist(), cost[len(widths) :].tolist()
 
 
 @functools.partial(jax.jit, static_argnames=("width",), donate_argnames=("cache",))
