@@ -1,5 +1,7 @@
 """Every TPU kernel against its reference by the plain interpreter; what it refuses; and how exact it has to be."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +130,19 @@ def test_blocks_too_large_for_vmem_are_told_before_the_compiler_sees_them():
     blocks = {"slots": 4096, "heads": 8, "buffers": 4, "splits": 1}
     with chips.assume("v5p"), pytest.raises(ValueError, match=r"decode_attention: .* need 6\d\.\d MiB .* 48 MiB"):
         decode_attention.tpu(**case.inputs(), **case.options, blocks=blocks)
+
+
+@pytest.mark.parametrize("chip", ["v5p", "tpu7x"])
+@pytest.mark.parametrize("inputs", [8192, 28672])
+def test_tuned_blocks_are_cut_for_wide_weights_on_chips_with_little_vmem(chip, inputs):
+    struct = jax.ShapeDtypeStruct
+    shapes = struct((64, inputs), jnp.bfloat16), struct((14336, inputs), jnp.int8), struct((1, 14336), jnp.float32)
+    with chips.assume(chip):
+        product = functools.partial(quantized_matmul.tpu, qtype="int8")
+        assert jax.eval_shape(product, *shapes).shape == (64, 14336)
+        tuned = dict(rows=64, outputs=512, copies=4, lanes=128)
+        with pytest.raises(ValueError, match="take smaller blocks"):  # blocks that are named are left as they are
+            jax.eval_shape(functools.partial(product, blocks=tuned), *shapes)
 
 
 def test_a_kernel_says_what_it_can_not_do():

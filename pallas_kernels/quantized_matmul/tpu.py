@@ -96,9 +96,8 @@ def quantized_matmul(
     O = values.shape[0]
     chip = chips.current()
     _check(x, values, scale, offset, qtype, activations)
-    chosen = blocks or tuning.blocks(
-        "quantized_matmul", chip.name, shape_class(x, values, scale, qtype=qtype, activations=activations)
-    )
+    shape = shape_class(x, values, scale, qtype=qtype, activations=activations)
+    chosen = blocks or _fitting(tuning.blocks("quantized_matmul", chip.name, shape), values.shape[1], chip)
     plan = _plan(x, values, scale, qtype, activations, chosen, chip)
     outputs, copies = calls.round_up(min(chosen["outputs"], O), 128), chosen["copies"]
     copies = max(1, min(copies, pl.cdiv(O, outputs)))
@@ -153,6 +152,15 @@ def shape_class(
     form = f"{qtype}_{activations or jnp.dtype(x.dtype).name}"
     M, I = x.shape
     return {"form": form, "group": I // scale.shape[0], "M": M, "I": I, "O": values.shape[0]}
+
+
+def _fitting(blocks: dict[str, int], held: int, chip: chips.Chip) -> dict[str, int]:
+    """Return blocks whose outputs, `held` bytes each, take 3/4 of a kernel's VMEM at most: others may be narrower."""
+    outputs, copies = blocks["outputs"], blocks["copies"]
+    # Twice for the pipeline, and two bytes an entry, as `calls.check_vmem` counts them.
+    while 4 * outputs * copies * held > chip.vmem_limit * 3 // 4 and outputs * copies > 128:
+        outputs, copies = (outputs // 2, copies) if outputs > 128 else (outputs, copies // 2)
+    return blocks | {"outputs": outputs, "copies": copies}
 
 
 def _check(x, values, scale, offset, qtype, activations) -> None:
