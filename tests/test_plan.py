@@ -15,6 +15,7 @@ from jaxinfer.models.transformer import abstract
 from jaxinfer.plan import hlo, sweep
 from jaxinfer.plan.alternatives import alternatives
 from jaxinfer.plan.building import Built, abstract_mesh, build, cuts
+from jaxinfer.plan.compiling import combine
 from jaxinfer.plan.counts import count
 from jaxinfer.plan.estimates import estimated_collectives
 from jaxinfer.plan.hardware import HARDWARE, HOP
@@ -298,3 +299,16 @@ def hf_config(**changes) -> dict:
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8, vocab_size=128)
     base = dict(model_type="llama", num_key_value_heads=4, head_dim=16, max_position_embeddings=512)
     return {**base, **sizes, "tie_word_embeddings": False, **changes}
+
+
+def test_collectives_are_counted_where_a_program_can_not_be_read_back():
+    sums = dict.fromkeys(("arguments", "cache", "code", "flops", "bytes", "temporaries"), 8)
+    seconds = dict.fromkeys(("trace_seconds", "compile_seconds", "processor_seconds"), 1.0)
+    read = {**sums, **seconds, "kernels": {"decode": 1}, "collectives": [["all-reduce", 64, [0, 1], 2]]}
+    cuts = (((0,), -1), ((0, 0), 2))
+    known = combine([read, read], cuts, False)
+    assert known.kernels == {"decode": 1} and sum(known.collectives.values()) == 2
+    unread = combine([read, {**read, "kernels": None, "collectives": None}], cuts, False)
+    assert (unread.arguments, unread.kernels, unread.collectives) == (8, None, None)
+    phase = plan(Request(model="llama3-8b", topology="v5e:2x2", batch=1, context=256), compiling=False).phases["decode"]
+    assert [dataclasses.replace(phase, compiled=c).estimated for c in (None, unread, known)] == [True, True, False]

@@ -37,8 +37,8 @@ class Compiled:
     trace_seconds: float | int
     compile_seconds: float | int
     processor_seconds: float | int  # of both, on all cores: what does not grow with the machine's other work
-    kernels: Mapping[str, float | int]
-    collectives: Mapping[Collective, float | int]
+    kernels: Mapping[str, float | int] | None  # None, as are collectives, of a program that can't be read back
+    collectives: Mapping[Collective, float | int] | None
 
     @property
     def weights(self) -> float | int:
@@ -99,16 +99,17 @@ def combine(answers: Sequence[Mapping[str, Any]], cuts: Sequence[tuple[tuple[int
     kernels: collections.Counter[str] = collections.Counter()
     collectives: collections.Counter[Collective] = collections.Counter()
     for weight, answer in zip(weights, answers, strict=True):
-        for name, count in answer["kernels"].items():
+        for name, count in (answer["kernels"] or {}).items():
             kernels[name] += weight * count
-        for kind, size, group, count in answer["collectives"]:
+        for kind, size, group, count in answer["collectives"] or ():
             collectives[Collective(kind, size, tuple(group))] += weight * count
+    unread = any(answer["collectives"] is None for answer in answers)
     return Compiled(
         layers=tuple(len(layers) for layers, _ in cuts),
         whole=whole,
         **{name: total(name) for name in _SUMS},
         temporaries=max(a["temporaries"] for a in answers),
         **{name: sum(a[name] for a in answers) for name in _SECONDS},
-        kernels={name: n for name, n in kernels.items() if n},
-        collectives={c: n for c, n in collectives.items() if n},
+        kernels=None if unread else {name: n for name, n in kernels.items() if n},
+        collectives=None if unread else {c: n for c, n in collectives.items() if n},
     )

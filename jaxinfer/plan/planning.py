@@ -31,6 +31,11 @@ class Phase:
     compiled: Compiled | None
     error: str | None = None
 
+    @property
+    def estimated(self) -> bool:
+        """Whether the collectives are those that were counted, and not those that were compiled."""
+        return self.compiled is None or self.compiled.collectives is None
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -132,7 +137,8 @@ def _phase(target: Target, name: str, places: np.ndarray, compiled: Compiled | s
     work = count(target.built, rows, tokens, context - tokens, target.request.context)
     error = compiled if isinstance(compiled, str) else None
     compiled = None if isinstance(compiled, str) else compiled
-    found = estimated_collectives(target.built, rows, tokens) if compiled is None else dict(compiled.collectives)
+    known = None if compiled is None else compiled.collectives
+    found = estimated_collectives(target.built, rows, tokens) if known is None else dict(known)
     return Phase(rows, tokens, work, found, _times(target, work, found, places), compiled, error)
 
 

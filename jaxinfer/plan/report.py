@@ -64,7 +64,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
     if compiled is not None:
         out["compiled"] = {
             "layers": list(compiled.layers), "whole": compiled.whole, "flops": compiled.flops, "bytes": compiled.bytes,
-            "temporaries": compiled.temporaries, "kernels": dict(compiled.kernels),
+            "temporaries": compiled.temporaries, "kernels": compiled.kernels,
             "trace_seconds": compiled.trace_seconds, "compile_seconds": compiled.compile_seconds,
             "processor_seconds": compiled.processor_seconds,
         }  # fmt: skip
@@ -133,7 +133,7 @@ def _phase_lines(plan: Plan, name: str, phase: Phase) -> list[str]:
         f"  per device: {work.bytes / GB:.3f} GB (weights {work.weight_bytes / GB:.3f}, cache "
         f"{work.cache_bytes / GB:.3f}, activations {work.activation_bytes / GB:.3f}), {work.flops / GB:.1f} GFLOP"
         f" (attention {work.attention_flops / GB:.1f})",
-        f"  collectives: {collectives_text(phase.collectives)}" + ("" if phase.compiled else " (estimated)"),
+        f"  collectives: {collectives_text(phase.collectives)}" + (" (estimated)" if phase.estimated else ""),
     ]
     if phase.times is not None:
         t = phase.times
@@ -167,7 +167,10 @@ def compiled_text(phase: Phase) -> str:
     c = phase.compiled
     if c is None:
         return "not compiled"
-    kernels = ", ".join(f"{name} x{n:g}" for name, n in c.kernels.items()) or "none, all of it is XLA's"
+    if c.kernels is None:
+        kernels = "not known, this jaxlib can't read the program that the compiler made"
+    else:
+        kernels = ", ".join(f"{name} x{n:g}" for name, n in c.kernels.items()) or "none, all of it is XLA's"
     how = "all layers as one program" if c.whole else f"cuts of {' and '.join(map(str, c.layers))} layers, scaled"
     seconds = f"{c.trace_seconds + c.compile_seconds:.1f} s, {c.processor_seconds:.1f} s of processors"
     return f"compiled in {seconds} ({how}); kernels: {kernels}"

@@ -91,7 +91,10 @@ def compile_step(built: Built, job: dict[str, Any]) -> dict[str, Any]:
     end = time.perf_counter()
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
-    found = hlo.read(compiled.as_text())
+    try:
+        found = hlo.read(compiled.as_text())
+    except jax.errors.JaxRuntimeError:  # a newer libtpu writes programs that this jaxlib can't read
+        found = None
     return {
         "arguments": memory.argument_size_in_bytes,
         "cache": memory.alias_size_in_bytes,
@@ -102,8 +105,8 @@ def compile_step(built: Built, job: dict[str, Any]) -> dict[str, Any]:
         "trace_seconds": round(middle - begin, 3),
         "compile_seconds": round(end - middle, 3),
         "processor_seconds": round(time.process_time() - busy, 3),
-        "kernels": dict(found.kernels),
-        "collectives": [[*c, n] for c, n in found.collectives.items()],
+        "kernels": None if found is None else dict(found.kernels),
+        "collectives": None if found is None else [[*c, n] for c, n in found.collectives.items()],
     }
 
 
