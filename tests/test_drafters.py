@@ -220,7 +220,7 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     drafter = DraftModel(target().model, length=2)
     found = costs.costs_of(target().model, drafter, (0, 2), 1, 64)
     assert found.check[0] == 1 and found.check[1] > 0 and found.draft[0] == 0
-    (kept,) = tmp_path.glob("speculation-*.json")
+    (kept,) = tmp_path.glob("check_costs-*.json")
     costs._memory.clear()
     monkeypatch.setattr(costs, "_measure", None)  # not called again
     again = costs.costs_of(target().model, drafter, (0, 2), 1, 64)

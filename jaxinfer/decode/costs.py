@@ -18,7 +18,7 @@ from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.token_tree import TokenTree
 
 _PASSES = 4  # that one timing repeats
-_ROUNDS = 4  # of timings, in turns, at least, and as many more as fit some seconds
+_ROUNDS = 4, 24  # of timings, in turns, at least and at most, as fit some seconds
 _SECONDS = 3.0
 _memory: dict[tuple, Costs] = {}
 
@@ -42,7 +42,7 @@ def costs_of(
                 print("measuring what drafts and their checks cost here, once ...", file=sys.stderr, flush=True)
             return _measure(model, drafter, widths, batch, slots)
 
-        found = measure() if anew else kept("speculation", key, measure)
+        found = measure() if anew else kept("check_costs", key, measure)
         _memory[key] = Costs(*(np.asarray(x, np.float32) for x in found))
     return _memory[key]
 
@@ -73,7 +73,8 @@ def _measure(model, drafter, widths, batch: int, slots: int) -> tuple[list[float
     runs += [functools.partial(draft, width) for width in widths]
     times: list[list[float]] = []  # round after round: machines have busy moments, and shares of one round do not
     begun = time.perf_counter()
-    while len(times) <= _ROUNDS or time.perf_counter() - begun < _SECONDS:
+    least, most = _ROUNDS
+    while len(times) <= least or (len(times) <= most and time.perf_counter() - begun < _SECONDS):
         times.append([])
         for run in runs:
             begin = time.perf_counter()
