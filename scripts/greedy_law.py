@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     from jaxinfer.eval.journal import Journal, fingerprint
     from jaxinfer.eval.spec_bench import gap
 
+    questions = [row["turns"][0] for _, row in read_jsonl(args.data)]
     program = ji.apply(ji.load(args.model), *args.passes) if args.passes else ji.load(args.model)
     plain = program.replace(decoder=Autoregressive())
     others = {spec: ji.speculative(program, spec, adapt=False) for spec in args.drafters}
-    questions = [row["turns"][0] for _, row in read_jsonl(args.data)]
     prompts = sorted((_encode(program.tokenizer, q) for q in questions), key=len)  # rows of a batch are alike in length
     step = max(1, len(prompts) // args.questions)
     prompts = prompts[::step][: args.questions]
@@ -93,4 +93,10 @@ def _answers(ji, program, rows: list[list[int]], new: int) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jaxinfer.errors import InputError
+
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"greedy_law: error: {error}", file=sys.stderr)
+        sys.exit(2)
