@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,15 @@ def blocks(kernel: str, chip: str, shape: dict[str, int | str]) -> dict[str, int
 
 def fitting(blocks: dict[str, int], slot_bytes: int, chip: Chip) -> dict[str, int]:
     """Return blocks with as many slots as half of a kernel's VMEM holds, `slot_bytes` each: others may be wider."""
-    slots = blocks["slots"]
-    while slots > 32 and slots * blocks["buffers"] * slot_bytes > chip.vmem_limit // 2:
-        slots //= 2
-    return blocks | {"slots": slots}
+    return halved(blocks, {"slots": 32}, lambda b: b["slots"] * b["buffers"] * slot_bytes <= chip.vmem_limit // 2)
+
+
+def halved(blocks: dict[str, int], least: dict[str, int], fits: Callable[[dict[str, int]], bool]) -> dict[str, int]:
+    """Return blocks of which those in `least` are halved, one after the other down to its least, until they fit."""
+    for name, end in least.items():
+        while blocks[name] > end and not fits(blocks):
+            blocks = blocks | {name: blocks[name] // 2}
+    return blocks
 
 
 def _distance(entry: dict[str, Any], shape: dict[str, Any]) -> float | None:

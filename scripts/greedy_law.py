@@ -14,8 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-TIE = 1e-3
-
 
 def main(argv: list[str] | None = None) -> int:
     """Answer, compare, and print a line a drafter."""
@@ -36,13 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     from jaxinfer.decode.base import Autoregressive
     from jaxinfer.eval.data import read_jsonl
     from jaxinfer.eval.journal import Journal, fingerprint
-    from jaxinfer.eval.spec_bench import gap
+    from jaxinfer.eval.spec_bench import TIE, encode_question, gap
 
     questions = [row["turns"][0] for _, row in read_jsonl(args.data)]
     program = ji.apply(ji.load(args.model), *args.passes) if args.passes else ji.load(args.model)
     plain = program.replace(decoder=Autoregressive())
     others = {spec: ji.speculative(program, spec, adapt=False) for spec in args.drafters}
-    prompts = sorted((_encode(program.tokenizer, q) for q in questions), key=len)  # rows of a batch are alike in length
+    # In order of their length: rows of a batch are then alike.
+    prompts = sorted((encode_question(program.tokenizer, q) for q in questions), key=len)
     step = max(1, len(prompts) // args.questions)
     prompts = prompts[::step][: args.questions]
     batches = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
@@ -79,12 +78,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"greedy_law: error: scores {worst:.1e} apart where answers part: no tie", file=sys.stderr)
         return 1
     return 0
-
-
-def _encode(tokenizer, question: str) -> list[int]:
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(question)
-    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": question}]), add_special=False)
 
 
 def _answers(ji, program, rows: list[list[int]], new: int) -> list[list[int]]:

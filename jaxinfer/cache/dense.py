@@ -1,6 +1,7 @@
 """Plain K and V at full precision, one slot a token: the baseline of every other cache."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +65,9 @@ class DenseLayer(nnx.Module):
         q: Float[Array, "B T N H"],
         positions: Int[Array, "B T"],
         first_slot: Int[Array, ""],
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        tree: TokenTree | None = None,
+        **options: Any,
     ) -> Part:
         """Attend over the live slots as those from position `first_slot` on, a part of what the queries see."""
-        options = dict(scale=scale, window=window, softcap=softcap, tree=tree)
         return attention_part(q, self.k, self.v, positions, first_slot, **options)
 
     def rewind(self, length: Int[Array, "B"]) -> "DenseLayer":

@@ -1,7 +1,7 @@
 """Keys and values of one byte a number, with one scale a token and head."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,15 +88,10 @@ class QuantizedLayer(nnx.Module):
         q: Float[Array, "B T N H"],
         positions: Int[Array, "B T"],
         first_slot: Int[Array, ""],
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        tree: TokenTree | None = None,
+        **options: Any,
     ) -> Part:
         """Attend over the live slots as those from position `first_slot` on, a part of what the queries see."""
         k, v = Scaled(self.k, self.k_scale), Scaled(self.v, self.v_scale)
-        options = dict(scale=scale, window=window, softcap=softcap, tree=tree)
         return attention_part(q, k, v, positions, first_slot, **options)
 
     def rewind(self, length: Int[Array, "B"]) -> "QuantizedLayer":

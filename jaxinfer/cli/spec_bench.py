@@ -17,7 +17,6 @@ from typing import Any
 from jaxinfer.cli import options
 from jaxinfer.errors import InputError
 
-_TIE = 1e-3  # what float32 scores of a tie differ by, at most
 # Of Spec-Bench, MT-bench's eight categories are one.
 _MT = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
@@ -62,8 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _status(program, records: list[dict[str, Any]]) -> int:
     """Return 1, and say so, where an answer of a program that rounds nothing goes another way than by a tie."""
+    from jaxinfer.eval.spec_bench import TIE
+
     worst = max((gap for r in records for gap in r["gap"].values()), default=0.0)
-    if program.passes or program.model.embed.table.dtype != "float32" or worst <= _TIE:
+    if program.passes or program.model.embed.table.dtype != "float32" or worst <= TIE:
         return 0
     print(f"jaxinfer: error: two tokens' scores differ by {worst:.1e} where answers part: no tie", file=sys.stderr)
     return 1
@@ -88,12 +89,6 @@ def _questions(args) -> list[tuple[str, str]]:
     return [(name, question) for name in wanted for question in found[name][: args.per_category]]
 
 
-def _encode(tokenizer, question: str) -> list[int]:
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(question)
-    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": question}]), add_special=False)
-
-
 def _measure(args, program, questions: list[tuple[str, str]]) -> list[dict[str, Any]]:
     import contextlib
     import dataclasses
@@ -102,7 +97,7 @@ def _measure(args, program, questions: list[tuple[str, str]]) -> list[dict[str, 
 
     from jaxinfer.decode.base import Autoregressive
     from jaxinfer.eval.journal import Journal, fingerprint
-    from jaxinfer.eval.spec_bench import Bench, gap
+    from jaxinfer.eval.spec_bench import Bench, encode_question, gap
     from jaxinfer.generation import tokenizer_of
     from jaxinfer.speculation import speculative
 
@@ -125,7 +120,7 @@ def _measure(args, program, questions: list[tuple[str, str]]) -> list[dict[str, 
         for i, (category, question) in enumerate(tqdm(questions, unit="question", disable=not sys.stderr.isatty())):
             if i in records:
                 continue
-            ids = _encode(tokenizer, question)
+            ids = encode_question(tokenizer, question)
             answers = bench.answer(ids, turn=i)
             plain = answers[""].tokens
             records[i] = {

@@ -71,17 +71,20 @@ def _measure(model, drafter, widths, batch: int, slots: int) -> tuple[list[float
         tree = None if parents == chain(width) else TokenTree.of(parents)
         runs.append(functools.partial(check, width, tree))
     runs += [functools.partial(draft, width) for width in widths]
-    times: list[list[float]] = []  # round after round: machines have busy moments, and shares of one round do not
-    begun = time.perf_counter()
+
+    def seconds(run: Callable[[], Array]) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - begin
+
+    for run in runs:  # which compiles
+        seconds(run)
     least, most = _ROUNDS
-    while len(times) <= least or (len(times) <= most and time.perf_counter() - begun < _SECONDS):
-        times.append([])
-        for run in runs:
-            begin = time.perf_counter()
-            jax.block_until_ready(run())
-            times[-1].append(time.perf_counter() - begin)
-        begun = time.perf_counter() if len(times) == 1 else begun  # the first may compile, and is left out
-    found = np.asarray(times[1:])
+    rounds: list[list[float]] = []  # machines have busy moments, which shares of one round do not show
+    begun = time.perf_counter()
+    while len(rounds) < least or (len(rounds) < most and time.perf_counter() - begun < _SECONDS):
+        rounds.append([seconds(run) for run in runs])
+    found = np.asarray(rounds)
     # An empty draft costs what the dispatch does.
     found[:, len(widths) :] -= found[:, len(widths)][:, None]
     cost = np.maximum(np.median(found / found[:, :1], axis=0), 0)

@@ -18,7 +18,9 @@ from jaxinfer.decode.sampling import Sampling
 from jaxinfer.decode.speculative import Speculative
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
+from jaxinfer.text.tokenizer import Tokenizer
 
+TIE = 1e-3  # what float32 scores of a tie differ by, at most
 _ANY = np.int32(1 << 30)
 
 
@@ -91,6 +93,13 @@ class Bench:
             self._costs[name, slots] = costs_of(program.model, decoder.drafter, decoder.widths, 1, slots, anew=True)
         fields = dict(verifier=decoder.verifier, adapt=decoder.adapt, costs=self._costs[name, slots])
         return program.replace(decoder=Speculative(decoder.drafter, **fields))
+
+
+def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
+    """Return a question's ids, in the model's chat template where it has one."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(question)
+    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": question}]), add_special=False)
 
 
 def summary(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from jaxinfer.ops.cpu_kernels_vectors import (
     int8_scale,
     int_lanes,
     load,
-    read_weight,
     tiles,
     to_int8,
+    weight_entries,
 )
 
 _X_ROWS = (8, 4, 2, 1)  # rows of x that meet a row of the weight together
@@ -71,9 +71,7 @@ def int8_groups_kernel(isa: str, group: int) -> Kernel:
                 with code.loop(code.zero, job.I // group) as g:
                     dots = [{} for _ in xs]
                     for place, lanes in zip(places, widths, strict=True):
-                        part = read_weight(code, w, g * group + place, 4 * lanes)
-                        part = part ^ -128 if unsigned else part
-                        part = code.cast("sext", part, f"<{4 * lanes} x {kind}>") if kind != "i8" else part
+                        part = weight_entries(code, isa, w, g * group + place, 4 * lanes)
                         for dot, (row, _, firsts) in zip(dots, xs, strict=True):
                             if lanes not in dot:
                                 begins = unsigned and not dot

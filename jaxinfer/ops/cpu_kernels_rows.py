@@ -21,6 +21,7 @@ from jaxinfer.ops.cpu_kernels_vectors import (
     rounded_down,
     tiles,
     to_int8,
+    weight_entries,
     whole,
 )
 
@@ -87,9 +88,7 @@ def _int8_dots(code: Code, isa: str, xs: list[Value], w: Value, I: Value) -> lis
         folded = [code.fold(total.get()) for total in totals] or [0] * len(xs)
         totals = [code.variable(value, f"<{lanes} x i32>") for value in folded]
         for i in whole(code, start, I, 4 * lanes):
-            part = read_weight(code, w, i, 4 * lanes)
-            part = part ^ -128 if unsigned else part
-            part = code.cast("sext", part, f"<{4 * lanes} x {kind}>") if kind != "i8" else part
+            part = weight_entries(code, isa, w, i, 4 * lanes)
             for x, total in zip(xs, totals, strict=True):
                 total.set(dot_entries(code, isa, total.get(), part, load(code, x, i, kind, 4 * lanes)))
         start = rounded_down(start, I, 4 * lanes)

@@ -48,6 +48,14 @@ def read_weight(code: Code, pointer: Value, index: Value, count: int) -> Value:
     return load(code, pointer, index, "i8", count)
 
 
+def weight_entries(code: Code, isa: str, pointer: Value, index: Value, count: int) -> Value:
+    """Return int8 entries of a weight in the form that `dot_entries` takes; with AVX-512 they are w + 128."""
+    entries, kind = read_weight(code, pointer, index, count), entry_kind(isa)
+    if isa == "avx512_vnni":
+        return entries ^ -128
+    return code.cast("sext", entries, f"<{count} x {kind}>") if kind != "i8" else entries
+
+
 def load_float(code: Code, pointer: Value, index: Value | int, kind: str, lanes: int) -> Value:
     """Return `lanes` entries of kind "float" or "half" as floats."""
     value = load(code, pointer, index, kind, lanes)

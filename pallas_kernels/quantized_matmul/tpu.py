@@ -156,11 +156,9 @@ def shape_class(
 
 def _fitting(blocks: dict[str, int], held: int, chip: chips.Chip) -> dict[str, int]:
     """Return blocks whose outputs, `held` bytes each, take 3/4 of a kernel's VMEM at most: others may be narrower."""
-    outputs, copies = blocks["outputs"], blocks["copies"]
+    most = chip.vmem_limit * 3 // 4
     # Twice for the pipeline, and two bytes an entry, as `calls.check_vmem` counts them.
-    while 4 * outputs * copies * held > chip.vmem_limit * 3 // 4 and outputs * copies > 128:
-        outputs, copies = (outputs // 2, copies) if outputs > 128 else (outputs, copies // 2)
-    return blocks | {"outputs": outputs, "copies": copies}
+    return tuning.halved(blocks, {"outputs": 128, "copies": 1}, lambda b: 4 * b["outputs"] * b["copies"] * held <= most)
 
 
 def _check(x, values, scale, offset, qtype, activations) -> None:
