@@ -14,6 +14,7 @@ import pytest
 from data import data_dir
 from models import load_directory, random_program, tiny_config, tiny_moe
 
+from jaxinfer.decode import costs
 from jaxinfer.program import Program
 
 hypothesis.settings.register_profile("jaxinfer", deadline=None, print_blob=True, derandomize=True)
@@ -27,6 +28,19 @@ def compiled_programs_do_not_pile_up():
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_text().splitlines()) > 10_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def given_costs(request, monkeypatch):
+    """Give speculation the same costs on every machine, so that its widths are the same; a mark has them measured."""
+    if request.node.get_closest_marker("measures_costs"):
+        return
+
+    def given(model, drafter, widths, batch, slots):
+        return [1 + 0.05 * width for width in widths], [0.01 * width for width in widths]
+
+    monkeypatch.setattr(costs, "_measure", given)
+    monkeypatch.setattr(costs, "kept", lambda name, about, measure: measure())
 
 
 @pytest.fixture(scope="session")

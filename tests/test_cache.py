@@ -204,3 +204,4 @@ def test_kinds_are_hashable_and_have_a_shape_without_memory(kind):
 
     grown = jax.eval_shape(step, cache)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), grown) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+    jax.jit(step, donate_argnums=0)(cache)  # which refuses a buffer that is two leaves

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 from command import ROOT, TINY, caller, process, stories_path
@@ -160,22 +161,54 @@ def test_ctrl_c_ends_a_process_with_130_and_one_line():
     assert (child.returncode, out, err) == (130, "", "jaxinfer: interrupted\n")
 
 
-def test_ctrl_c_in_a_garbage_collection_is_not_lost():
+def gc_callback(press):
+    gc.callbacks.append(lambda *_: press())
+    gc.collect()
+
+
+def weak_callback(press):
+    class Thing:
+        pass
+
+    thing = Thing()
+    thing.itself, thing.watch = thing, weakref.ref(thing)  # only a collection ends it
+    keep = weakref.ref(thing, lambda _: press())
+    del thing
+    gc.collect()
+    del keep
+
+
+def finalizer(press):
+    class Thing:
+        def __del__(self):
+            press()
+
+    Thing()
+
+
+@pytest.mark.parametrize("place", [gc_callback, weak_callback, finalizer])
+def test_ctrl_c_where_python_drops_exceptions_is_not_lost(place):
     pressed = []
 
-    def callback(*_):
+    def press():
         if not pressed:
-            pressed.append(signal.raise_signal(signal.SIGINT))
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, interrupt.deliver)
-    gc.callbacks.append(callback)
+    handler, hook, callbacks = signal.getsignal(signal.SIGINT), sys.unraisablehook, list(gc.callbacks)
+    interrupt.install()
     try:
+        place(press)
+        assert pressed
         with pytest.raises(KeyboardInterrupt):
-            gc.collect()
             time.sleep(10)
     finally:
-        gc.callbacks.remove(callback)
-        signal.signal(signal.SIGINT, before)
+        gc.callbacks[:] = callbacks
+        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
+
+
+def test_an_error_behind_ctrl_c_is_told_apart():
     error = RuntimeError("torn")
     error.__context__ = KeyboardInterrupt()
     assert interrupt.behind(error) and not interrupt.behind(RuntimeError())

@@ -24,6 +24,7 @@ from jaxinfer.decode.sampling import Sampling
 from jaxinfer.decode.speculative import Speculative
 from jaxinfer.generation import logits
 from jaxinfer.models.layers import Linear
+from jaxinfer.passes import apply
 from jaxinfer.program import Program
 from jaxinfer.session import Session
 from jaxinfer.tree import rewrite
@@ -214,6 +215,7 @@ def test_a_step_copies_no_cache(name):
     assert not re.findall(rf"= {shape}\S* copy\(", text)
 
 
+@pytest.mark.measures_costs
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXINFER_CACHE", str(tmp_path))
     monkeypatch.setattr(costs, "_memory", {})
@@ -228,3 +230,12 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     with pytest.raises(TypeError):  # another shape is another cost
         costs.costs_of(target().model, drafter, (0, 2), 2, 64)
     np.testing.assert_allclose(json.loads(kept.read_text())[0], found.check)
+
+
+@pytest.mark.measures_costs
+@pytest.mark.parametrize("cache", ["kv_int8", "kv_int4", "kv_paged", "kv_paged:store=int4"])
+def test_costs_are_measured_in_every_cache(cache, monkeypatch):
+    monkeypatch.setattr(costs, "_ROUNDS", (1, 1))
+    model = apply(target(), cache).model
+    found = costs.costs_of(model, DraftModel(model, length=2), (0, 2), 2, 128, anew=True)
+    assert found.check[0] == 1 and (found.check > 0).all() and found.draft[1] > 0

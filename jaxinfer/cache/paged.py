@@ -27,9 +27,10 @@ class Paged:
     def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "PagedLayer":
         """Return an empty cache: as many pages as `batch` rows of `slots` tokens fill, and page 0."""
         shape = (1 + batch * -(-slots // self.page), kv_heads, self.page)
-        store = jnp.zeros((*shape, head_dim), jnp.int8 if self.int8 else dtype)
-        scale = jnp.zeros(shape, jnp.bfloat16) if self.int8 else None
-        return PagedLayer(pages=Pages(store, store, scale, scale), table=own_table(shape[0], batch), new=None)
+        # Two arrays, not one twice: a donated buffer belongs to one of them.
+        k, v = (jnp.zeros((*shape, head_dim), jnp.int8 if self.int8 else dtype) for _ in range(2))
+        k_scale, v_scale = (jnp.zeros(shape, jnp.bfloat16) if self.int8 else None for _ in range(2))
+        return PagedLayer(pages=Pages(k, v, k_scale, v_scale), table=own_table(shape[0], batch), new=None)
 
 
 @nnx.dataclass

@@ -32,9 +32,10 @@ class QuantizedCache:
     def create(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> "QuantizedLayer":
         """Return an empty cache; attention dequantizes to the dtype of the queries, whatever `dtype` is."""
         shape = (batch, kv_heads, slots)
-        codes = jnp.zeros((*shape, head_dim), jnp.int8 if self.qtype == "int8" else jnp.uint8)
-        scale = jnp.zeros(shape, jnp.bfloat16)
-        return QuantizedLayer(k=codes, k_scale=scale, v=codes, v_scale=scale, qtype=self.qtype)
+        # Two arrays, not one twice: a donated buffer belongs to one of them.
+        k, v = (jnp.zeros((*shape, head_dim), jnp.int8 if self.qtype == "int8" else jnp.uint8) for _ in range(2))
+        k_scale, v_scale = (jnp.zeros(shape, jnp.bfloat16) for _ in range(2))
+        return QuantizedLayer(k=k, k_scale=k_scale, v=v, v_scale=v_scale, qtype=self.qtype)
 
 
 @nnx.dataclass

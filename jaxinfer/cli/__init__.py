@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is not None:
         return _run(list(argv))
-    signal.signal(signal.SIGINT, interrupt.deliver)
+    interrupt.install()
     status = _run(sys.argv[1:])
     if status in (_INTERRUPTED, _LOST):
         # A computation may still be running, and Python's teardown under it crashes, or the end of a process that has

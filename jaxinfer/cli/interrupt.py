@@ -1,27 +1,30 @@
 """What Ctrl-C does: it ends a command, or in a chat only the answer."""
 
 import _thread
-import gc
 import signal
+import sys
 import threading
-from types import FrameType
+from typing import Any
 
 _LATER = 0.02  # seconds until a Ctrl-C that came at a bad moment is tried again
 
 
-def deliver(_: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, as Python's own handler does, but not inside a callback of the garbage collector.
+def install() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, and raise it again where Python dropped it.
 
-    Python drops exceptions there, and JAX has such a callback, which is where a Ctrl-C often lands after a long
-    computation: it would be lost.
+    Python drops exceptions in callbacks of its garbage collector and of weak references, and in finalizers. JAX has
+    such callbacks, which is where a Ctrl-C often lands after a long computation: it would be lost.
     """
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    while frame is not None:
-        if frame.f_code in callbacks:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    others = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
             threading.Timer(_LATER, _again).start()
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+        else:
+            others(dropped)
+
+    sys.unraisablehook = hook
 
 
 def _again() -> None:
