@@ -233,7 +233,7 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.measures_costs
-@pytest.mark.parametrize("cache", ["kv_int8", "kv_int4", "kv_paged", "kv_paged:store=int4"])
+@pytest.mark.parametrize("cache", ["kv_paged"])
 def test_costs_are_measured_in_every_cache(cache, monkeypatch):
     monkeypatch.setattr(costs, "_ROUNDS", (1, 1))
     model = apply(target(), cache).model
