@@ -47,3 +47,9 @@ def topology_device(name: str) -> jax.Device:
 def topology_devices(name: str) -> list[jax.Device]:
     """Return the devices of a TPU topology that libtpu can compile for."""
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def traced_for(device: jax.Device) -> Any:
+    """Return a context in which Pallas takes `device`'s kind for that of the devices here, which are no TPUs."""
+    kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=kind))

@@ -25,9 +25,9 @@ def known_scalars(values: Sequence[np.ndarray]) -> Iterator[None]:
 
     def pallas_call(kernel: Any, out_shape: Any = None, *, grid_spec: Any, **options: Any) -> Any:
         count = grid_spec.num_scalar_prefetch
-        flat = [np.asarray(value, np.int32).ravel() for value in values]
-        if len(flat) != count:
-            raise ValueError(f"{len(flat)} scalars: the kernel prefetches {count}")
+        known = [np.asarray(value, np.int32) for value in values]
+        if len(known) != count:
+            raise ValueError(f"{len(known)} scalars: the kernel prefetches {count}")
 
         def body(*refs: Any) -> Any:
             scalars = refs[len(refs) - count :]
@@ -35,13 +35,13 @@ def known_scalars(values: Sequence[np.ndarray]) -> Iterator[None]:
 
             @pl.when(functools.reduce(jnp.logical_and, first))
             def _() -> None:
-                for ref, value in zip(scalars, flat, strict=True):
-                    for i, x in enumerate(value):
-                        ref[i] = jnp.int32(int(x))
+                for ref, value in zip(scalars, known, strict=True):
+                    for at, x in np.ndenumerate(value):
+                        ref[at] = jnp.int32(int(x))
 
             return kernel(*scalars, *refs[: len(refs) - count])
 
-        scratch = [*grid_spec.scratch_shapes, *(compat.SMEM(x.shape, jnp.int32) for x in flat)]
+        scratch = [*grid_spec.scratch_shapes, *(compat.SMEM(x.shape, jnp.int32) for x in known)]
         specs = dict(in_specs=grid_spec.in_specs, out_specs=grid_spec.out_specs, grid=grid_spec.grid)
         call = real(body, out_shape, scratch_shapes=scratch, **specs, **options)
         return lambda *args: call(*args[count:])

@@ -10,6 +10,7 @@ a prediction is never below the time that the bytes take. A program with scalars
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -102,14 +103,15 @@ def _profile_here(args: argparse.Namespace, name: str) -> dict[str, Any]:
     run = found.peers[args.peer] if args.peer else found.tpu
     options = dict(case.options) | ({"blocks": json.loads(args.blocks)} if args.blocks else {})
     scalars = {name: x for name, x in case.shapes.items() if isinstance(x, np.ndarray)}
-    sharding = SingleDeviceSharding(compat.topology_device(chip.topology))
+    device = compat.topology_device(chip.topology)
+    sharding = SingleDeviceSharding(device)
     arrays = {
         name: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), x)
         for name, x in case.shapes.items()
         if name not in scalars
     }
     start = time.perf_counter()
-    with chips.assume(args.chip):
+    with chips.assume(args.chip), compat.traced_for(device) if args.peer else contextlib.nullcontext():
         given = {name: arrays.pop(name) for name in case.donated if name in arrays}
 
         def call(kept, given):

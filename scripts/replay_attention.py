@@ -2,11 +2,9 @@
 
 Some query heads of one row, a single one of 4096 tokens or more, are simulated with the blocks and layouts that were
 measured, and counted as often as there are heads and rows. Around the kernel queries, keys, values and output are
-transposed, which is in the measured time: by their bytes over the bandwidth. Two things differ from what was measured:
-the list of blocks is written into the kernel as constants, which the simulator needs (`peers.known_blocks`), and
-queries are multiplied by log2(e) in float32, not in bfloat16: on such a constant it aborts, with "Expected
-vector-int16/bf16packed, got vector-int32". Not replayed: what is timed with its residuals, too, and heads of 192
-channels whose values have 128.
+transposed, which is in the measured time: by their bytes over the bandwidth. What differs from what was measured, see
+`pallas_kernels/tokamax_splash.py`. Not replayed: what is timed with its residuals, too, and heads of 192 channels whose
+values have 128.
 
 What it is worth: of the 37 entries 18 can be replayed: predicted over measured time is 0.75 in the geometric mean, from
 0.58 (512 tokens) to 0.91 (16384); it is 0.64 for rows of 512 tokens, 0.77 for 1024 and 0.85 for the six of 2048 and
@@ -14,20 +12,16 @@ more. Every prediction is too low, those of the shortest rows most. Nine, all wi
 not fit into VMEM as libtpu 0.0.52 compiles them, and it aborts on ten, all causal.
 """
 
-import dataclasses
-import importlib
 import json
 import re
 import statistics
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from pallas_kernels import chips, compat, peers, static_profile
+from pallas_kernels import chips, compat, static_profile, tokamax_splash
 
 CHIP = "tpu7x"
 DATA = f"tokamax/data/autotuning/{CHIP}/pallas_mosaic_tpu_flash_attention.json"
-FOLDER = "tokamax._src.ops.experimental.tpu.splash_attention."
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
@@ -49,48 +43,19 @@ def simulate(entry: dict[str, Any], dump: str) -> dict[str, Any]:
     """Return the line of an entry, simulated in this process."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from jax.sharding import SingleDeviceSharding
 
-    class Factor:
-        def __rmul__(self, q: Any) -> Any:
-            return (q.astype(jnp.float32) * np.float32(np.log2(np.e))).astype(q.dtype)
-
-    kernel, masks, infos = (
-        importlib.import_module(FOLDER + name)
-        for name in ("splash_attention_kernel", "splash_attention_mask", "splash_attention_mask_info")
-    )
     (B, T, N, H), (S, K) = entry["q"], entry["k"][1:3]
     heads = min(N, max(1, 4096 // T))
-    layouts = {x: kernel.QKVLayout(n) for x, n in entry["config"].items() if x.endswith("layout")}
-    config = dataclasses.replace(kernel.SplashConfig.get_default(), **(entry["config"] | layouts))
-    mask = masks.CausalMask((T, S)) if entry["causal"] else masks.FullMask((T, S))
-    info, function = infos.process_mask(mask, (config.block_q, config.block_kv))
-    find_bounds = infos.find_bounds
-
-    def bounds(rows: Any) -> Any:
-        with jax.ensure_compile_time_eval():
-            return tuple(None if x is None else np.asarray(x) for x in find_bounds(rows))
-
     chip = chips.CHIPS[CHIP]
-    one = SingleDeviceSharding(compat.topology_device(chip.topology))
+    device = compat.topology_device(chip.topology)
     shapes = (heads, T, H), (max(1, heads * K // N), S, H)
-    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one) for shape in shapes)
-    device = jax.sharding.AbstractDevice(device_kind="TPU7x", num_cores=1, platform="tpu")
-    patched = (
-        peers.known_blocks(chip.vmem_limit),
-        mock.patch.object(kernel.mask_info_lib, "find_bounds", bounds),
-        mock.patch.object(kernel, "LOG2E", Factor()),
-    )
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device)) for shape in shapes)
 
     def attend(q: Any, k: Any, v: Any) -> Any:
-        return kernel._splash_attention_forward(
-            info, q, k, v, None, None, mask_value=-1e30, is_mqa=False, config=config, save_residuals=False,
-            mask_function=function, fwd_mask_sparsity=1.0,
-        )  # fmt: skip
+        return tokamax_splash.attend(q, k, v, causal=entry["causal"], config=entry["config"])
 
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    with patched[0], patched[1], patched[2], jax.sharding.use_abstract_mesh(mesh):
+    with chips.assume(CHIP), compat.traced_for(device):
         compiled = jax.jit(attend).lower(q, k, k).compile()
     calls = set(re.findall(r"%(\S+) = .* custom_call_target=\"tpu_custom_call\"", compiled.as_text()))
     cycles = static_profile.read(Path(dump), calls)["cycles"]

@@ -7,6 +7,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxinfer-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Thousands of small programs, each run once or twice: what LLVM does for them costs ten times what it saves. Tests that
+# compute for long are marked `optimized`; to test all as users run it: JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= pytest
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import hypothesis
 import jax
@@ -28,6 +32,18 @@ def compiled_programs_do_not_pile_up():
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_text().splitlines()) > 10_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def optimized(request):
+    """Compile what runs for long as users do."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    quick = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,9 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens" / "models.json").read_te
 TIE = 1e-3  # logits this close may be ordered either way by float32 rounding
 
 
+pytestmark = pytest.mark.optimized
+
+
 @pytest.fixture(scope="module", params=["stories260K", "smollm2-135m"])
 def real(request):
     """A program in float32 and what transformers computed with it."""

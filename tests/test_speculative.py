@@ -231,6 +231,7 @@ def test_samples_have_the_targets_law(name, verifier, sampling):
     assert_samples_have_law(fast, prompt, law_of(program, prompt, 3, sampling), 20_000, sampling)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
 def test_samples_of_a_trained_model_have_its_law(stories, sampling):
     fast = speculate(stories, DraftModel(apply(stories, "int4:group=43").model, length=3), verifier="block")

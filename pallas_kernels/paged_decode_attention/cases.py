@@ -38,7 +38,7 @@ def case(
     struct = jax.ShapeDtypeStruct
     stored = cache or dtype
     M = most or -(-max(length) // page)
-    P = B * M + 3
+    P = B * M + 4
     numbers = np.random.default_rng(7).permutation(P)[: B * M].astype(np.int32)
     shapes: dict[str, Any] = {
         "q": struct((B, T, K * G, H), dtype),

@@ -1,4 +1,4 @@
-"""Others' kernels of causal prefill attention, with our arguments: jax's flash and splash attention, and XLA's.
+"""Others' kernels of causal prefill attention, with our arguments: jax's flash, its and tokamax's splash, and XLA's.
 
 libtpu's simulator does not know the block lists that splash attention prefetches: it aborts on them on v5e, and skips
 blocks on v6e. So they are written into the kernel as constants (`peers.known_blocks`), which costs it a few scalar
@@ -8,7 +8,7 @@ instructions a block. XLA's is not a kernel: the scores of all heads go through 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import chips, peers
+from pallas_kernels import chips, peers, tokamax_splash
 
 
 def _flash(block):
@@ -46,6 +46,15 @@ def _splash(block):
     return run
 
 
+def _tokamax(block):
+    def run(q, k, v, *, scale):
+        config = {"block_q": block, "block_kv": block, "block_kv_compute": 512}
+        out = tokamax_splash.attend((q[0] * scale).swapaxes(0, 1), k[0], v[0], causal=True, config=config)
+        return out.swapaxes(0, 1)[None]
+
+    return run
+
+
 def _xla(q, k, v, *, scale):
     T, S = q.shape[1], k.shape[2]
     seen = jnp.tri(T, S, S - T, dtype=bool)
@@ -55,3 +64,4 @@ def _xla(q, k, v, *, scale):
 PEERS = {"flash": _flash(None), "xla": _xla}
 PEERS |= {f"flash_{n}": _flash(n) for n in (256, 512, 1024)}
 PEERS |= {f"splash_{n}": _splash(n) for n in (512, 1024)}
+PEERS |= {f"tokamax_{n}": _tokamax(n) for n in (512, 1024)}
