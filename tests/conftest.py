@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxinfer-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Thousands of small programs, each run once or twice: what LLVM does for them costs ten times what it saves. Tests that
-# compute for long are marked `optimized`; to test all as users run it: JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= pytest
+# compute for long are marked `optimized`. All as users run it: JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= pytest
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 

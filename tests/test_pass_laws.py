@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -125,15 +125,21 @@ def test_a_pattern_that_matches_nothing_is_refused(name):
         applied(name, where="no such node")
 
 
+def rounds(name: str, options: Mapping[str, object]) -> bool:
+    """Return whether a pass, as it was applied, rounds what is computed on the way."""
+    form = any(f"{option}={value}" in PASSES[name].about.forms for option, value in options.items())
+    return form or PASSES[name].about.rounds_activations
+
+
 def assert_same_run(program: Program, run: Callable, before: Program, ids: np.ndarray = IDS) -> None:
     """Assert that a text run in parts, by `run`, gives the logits of the whole run.
 
-    Where activations are rounded, the last bit of a float decides over a whole step now and then. Such a program is
-    its own within a tenth of what the rounding itself does to `before`, and its early tokens are the same to the last
-    bits in one of four texts: what a cache does wrong it does in all of them.
+    Where activations, or cached keys and values, are rounded, the last bit of a float decides over a whole step now
+    and then. Such a program is its own within a tenth of what the rounding itself does to `before`, and its early
+    tokens are the same to the last bits in one of four texts: what a cache does wrong it does in all of them.
     """
     parts, whole = run(program, ids), prefill(program, ids)
-    if not any(PASSES[name].about.rounds_activations for name, _ in program.passes):
+    if not any(rounds(name, options) for name, options in program.passes):
         assert_close(parts, whole)
         return
     assert np.linalg.norm(parts - whole) <= 0.1 * np.linalg.norm(whole - prefill(before, ids))

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention
 
-from pallas_kernels import peers
+from pallas_kernels import chips, peers
+from pallas_kernels.paged_decode_attention.peers import jax_ragged_paged_attention
 from pallas_kernels.prefill_attention import reference
 from pallas_kernels.prefill_attention.peers import PEERS
 from pallas_kernels.tolerance import BOUNDS, relative_error
@@ -30,6 +32,33 @@ def test_splash_attention_with_its_lists_as_constants_is_causal_attention():
     with mock.patch.object(pl, "pallas_call", functools.partial(_interpreted, pl.pallas_call)):
         found = PEERS["splash_512"](q, k, v, scale=0.1)
     assert relative_error(found, reference(q, k, v, scale=0.1)) < BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("slots", [16, 48])
+def test_ragged_paged_attention_reads_the_pages_of_its_table(slots):
+    """Its pages are ours, read as keys and values side by side; JAX's own reference tells, since
+    its kernel can't be interpreted."""
+    B, K, G, page, H, M = 8, 2, 2, 8, 128, 6
+    P, length = B * M + 2, np.array([40, 1, 17, 48, 8, 33, 16, 5], np.int32)
+    pages = jax.random.normal(jax.random.key(0), (P, K, page, H))
+    q = jax.random.normal(jax.random.key(1), (B, 1, K * G, H))
+    table = np.random.default_rng(0).permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+    given = {}
+
+    def attend(*args, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes, **options):
+        given.update(pages=num_kv_pages_per_block, queries=num_queries_per_block)
+        return ragged_paged_attention.ref_ragged_paged_attention(*args, **options)
+
+    kernel = mock.Mock(__wrapped__=attend)
+    with chips.assume("v5e"), mock.patch.object(ragged_paged_attention, "ragged_paged_attention", kernel):
+        found = jax_ragged_paged_attention(q, pages, pages, table, length, scale=0.1, slots=slots)
+    assert given == {"pages": slots // page, "queries": B}
+    both = pages.reshape(P // 2, page, K, 2, H)[table % (P // 2)].reshape(B, M * page, K, 2, H)
+    for b, n in enumerate(length):
+        k, v = both[b, :n, :, 0], both[b, :n, :, 1]
+        scores = jax.nn.softmax(np.einsum("kgh,skh->kgs", q[b, 0].reshape(K, G, H), k) * 0.1)
+        expected = np.einsum("kgs,skh->kgh", scores, v).reshape(K * G, H)
+        assert relative_error(found[b], expected) < BOUNDS["float32"]
 
 
 def _interpreted(call, *args, **options):

@@ -14,7 +14,12 @@ class KVFP8(CacheOf):
 
     name: ClassVar[str] = "kv_fp8"
     about: ClassVar[About] = About(
-        family="kv_cache", paper="2209.05433", bound=0.02, changes="cache_bytes", takes="cache"
+        family="kv_cache",
+        paper="2209.05433",
+        bound=0.02,
+        changes="cache_bytes",
+        takes="cache",
+        rounds_activations=True,
     )
 
     def kind(self) -> QuantizedCache:

@@ -14,7 +14,12 @@ class KVInt8(CacheOf):
 
     name: ClassVar[str] = "kv_int8"
     about: ClassVar[About] = About(
-        family="kv_cache", paper="2303.06865", bound=0.005, changes="cache_bytes", takes="cache"
+        family="kv_cache",
+        paper="2303.06865",
+        bound=0.005,
+        changes="cache_bytes",
+        takes="cache",
+        rounds_activations=True,
     )
 
     def kind(self) -> QuantizedCache:

@@ -20,6 +20,7 @@ class KVInt4(CacheOf):
         bound=0.03,
         changes="cache_bytes",
         takes="cache",
+        rounds_activations=True,
     )
     group: int = 32  # tokens that share a channel's grid, and channels of a value that do; 64 for the kernel for TPU
     residual: int = 64  # newest tokens that stay as they are
