@@ -1,6 +1,9 @@
 """Others' kernels, made fit for a static profile, still compute what they are said to compute."""
 
 import functools
+import json
+import sys
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -14,6 +17,36 @@ from pallas_kernels.paged_decode_attention.peers import jax_ragged_paged_attenti
 from pallas_kernels.prefill_attention import reference
 from pallas_kernels.prefill_attention.peers import PEERS
 from pallas_kernels.tolerance import BOUNDS, relative_error
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import bench_kernels
+
+
+def test_a_run_that_was_stopped_goes_on_and_makes_a_table_of_what_it_has(tmp_path, monkeypatch, capsys):
+    out, ran = tmp_path / "kernels.jsonl", []
+    done = {"kernel": "decode_attention", "case": "b4_s4096", "chip": "v5e", "implementation": "pallas"}
+    figures = {"cycles": 100, "predicted_us": 50.0, "bandwidth_share": 0.9, "mxu_share": 0.1}
+    out.write_text(json.dumps(done | figures) + "\n")
+
+    def profile(kernel, case, chip, peer=None):
+        ran.append((case, chip))
+        key = {"kernel": kernel, "case": case, "chip": chip, "implementation": peer or "pallas"}
+        return key | (figures if case == "b4_s4096" else {"error": "it aborts"})
+
+    monkeypatch.setattr(bench_kernels.static_profile, "profile", profile)
+    cases = ["--kernels", "decode_attention", "--cases", "b4_s4096,ragged"]
+    bench_kernels.main(["--tpu-static", "v5e", *cases, "--jobs", "1", "--out", str(out)])
+    assert ran == [("ragged", "v5e")]
+    with out.open("a") as file:
+        file.write(json.dumps(profile("decode_attention", "ragged", "v6e", peer="theirs")) + "\n")
+        file.write(json.dumps(profile("decode_attention", "b4_s4096", "v5e", peer="theirs") | {"predicted_us": 75.0}))
+    capsys.readouterr()
+    bench_kernels.main(["--table", str(out)])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| decode_attention | b4_s4096 | 50.0 us, 90% HBM | theirs 1.50x | not run |  |",
+        "| decode_attention | ragged | it aborts |  | not run |  |",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(40,), (2, 3, 7), (1, 1)])

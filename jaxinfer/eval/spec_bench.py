@@ -125,7 +125,9 @@ def summary(answers: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Any
         "predicted": tokens / max(predicted, 1e-9),
         # Of answers as long as the plain ones.
         "whole": sum(p.prefill + p.decode for p, _ in pairs)
-        / max(sum(a.prefill + a.decode * p.decoded / a.decoded for p, a in pairs), 1e-9),
+        / sum(a.prefill + a.decode * p.decoded / a.decoded for p, a in pairs)
+        if pairs
+        else 1.0,
         "same": sum(a.tokens == p.tokens for a, p in zip(answers, plain, strict=True)),
     }
 
