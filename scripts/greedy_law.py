@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import jaxinfer as ji
     from jaxinfer.cli.compare import read_pass_set
+    from jaxinfer.errors import InputError
     from jaxinfer.eval.data import read_jsonl
     from jaxinfer.eval.spec_bench import TIE, encode_question
 
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.passes or not variants:
         variants.insert(0, (" ".join(args.passes) or "no pass", args.passes))
     base = ji.load(args.model)
+    for spec in args.drafters:
+        ji.speculative(base, spec)  # a mistake is told before the work; what a variant refuses is told in its turn
     # In order of their length: rows of a batch are then alike.
     prompts = sorted((encode_question(base.tokenizer, q) for q in questions), key=len)
     step = max(1, len(prompts) // args.questions)
@@ -52,7 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
     for name, passes in variants:
         program = ji.apply(base, *passes) if passes else base
-        for drafter, gaps in law(program, name, prompts, args).items():
+        others = {}
+        for spec in args.drafters:
+            try:
+                others[spec] = ji.speculative(program, spec, adapt=False)
+            except InputError as refusal:
+                print(f"{name}, {spec}: refused: {refusal}", flush=True)
+        for drafter, gaps in law(program, others, name, prompts, args).items():
             parted = [g for g in gaps if g is not None]
             same = f"{len(gaps) - len(parted)} of {len(gaps)} answers the same"
             print(f"{name}, {drafter}: {same}; largest gap {max(parted, default=0):.1e}", flush=True)
@@ -62,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def law(program, name: str, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, list[float | None]]:
+def law(
+    program, others: dict, name: str, prompts: list[list[int]], args: argparse.Namespace
+) -> dict[str, list[float | None]]:
     """Return for each drafter by how much the scores differ where a prompt's answers part; None: they are the same."""
     from tqdm import tqdm
 
@@ -72,14 +83,13 @@ def law(program, name: str, prompts: list[list[int]], args: argparse.Namespace) 
     from jaxinfer.eval.spec_bench import gap
 
     plain = program.replace(decoder=Autoregressive())
-    others = {spec: ji.speculative(program, spec, adapt=False) for spec in args.drafters}
     batches = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
     found: dict[int, dict] = {}
     with contextlib.ExitStack() as stack:
         journal = None
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            run = dict(model=fingerprint(program), options=[args.drafters, args.max_new_tokens], prompts=prompts)
+            run = dict(model=fingerprint(program), options=[[*others], args.max_new_tokens], prompts=prompts)
             path = args.out / f"greedy_law-{re.sub(r'[^A-Za-z0-9_]+', '-', name)}.jsonl"
             journal = stack.enter_context(Journal(path, **run))
             found |= journal.done
