@@ -204,6 +204,7 @@ def assert_samples_have_law(program: Program, prompt: list[int], law: dict, coun
     assert stats.chisquare(observed, expected).pvalue > 1e-4
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "verifier", "sampling"),
     [
