@@ -24,9 +24,12 @@ ENVIRONMENT = {
 }
 
 
+_OWN = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # of what this machine runs; libtpu aborts on unknown flags
+
+
 def environment() -> dict[str, str]:
     """Return the environment in which a process without a TPU compiles for one."""
-    return {**os.environ, **ENVIRONMENT}
+    return {name: value for name, value in os.environ.items() if name not in _OWN} | ENVIRONMENT
 
 
 def compile_cases(kernel: str, chip: str, *, mesh: bool, cases: list[str] | None = None) -> Iterator[dict[str, Any]]:
