@@ -15,10 +15,11 @@ from jaxinfer.program import Program
 from jaxinfer.sharding.experts import DividedMoE
 from jaxinfer.sharding.fitting import fit
 from jaxinfer.sharding.mesh import make_mesh, parse_mesh
-from jaxinfer.sharding.model import OnMesh, on_mesh
+from jaxinfer.sharding.model import OnMesh, check_stages, off_stages, on_mesh
 from jaxinfer.sharding.rules import DEFAULT, RULES
-from jaxinfer.sharding.specs import model_shardings, model_specs
-from jaxinfer.tree import rewrite, select
+from jaxinfer.sharding.specs import model_shardings, sharding_of
+from jaxinfer.sharding.stages import stack
+from jaxinfer.tree import path_of, replace, rewrite, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,8 @@ class Shard:
 
     def shapes(self, model: Any) -> Any:
         """Return a tree of shapes with the sharding of each leaf, as it is: what the mesh does not divide is whole."""
-        specs = model_specs(model, dict(self.mesh.shape), self.rules)
-        leaves = [put_leaf(x, NamedSharding(self.mesh, s)) for x, s in zip(jax.tree.leaves(model), specs, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(model), leaves)
+        where = sharding_of(model, self.mesh, self.rules)
+        return jax.tree_util.tree_map_with_path(lambda keys, x: put_leaf(x, where(path_of(keys), x)), model)
 
 
 def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Shard:
@@ -77,16 +77,23 @@ def find_rules(name: str) -> Rules:
 
 
 def put(model: Transformer, mesh: Mesh, rules: Rules) -> Transformer:
-    """Return the model on the mesh, in the form that the mesh divides."""
+    """Return the model on the mesh, in the form that the mesh divides; one in stages is taken out of them before."""
+    model = off_stages(model)
     if any(getattr(node.cache, "page", None) for node in select(model, Attention).values()):
         raise InputError("kv_paged on a mesh: pages of all rows are one pool, which is not divided; leave it out")
     fields = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
     model = on_mesh(type(model))(**{**fields, "mesh": mesh, "rules": rules})
     model = jax.tree.map(_in_host_memory, model)
+    check_stages(model)
     model = fit(model, mesh, rules)
     if select(model, MoE):
         model = rewrite(model, MoE, ".*", _divide_experts)
-    return jax.tree.map(put_leaf, model, model_shardings(model, mesh, rules))
+    shardings = model_shardings(model, mesh, rules)
+    if model.stages == 1:
+        return jax.tree.map(put_leaf, model, shardings)
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings.layers)]
+    layers, rest = stack(model.layers, specs, mesh, put_leaf), replace(model, layers=[])
+    return replace(jax.tree.map(put_leaf, rest, replace(shardings, layers=[])), layers=layers)
 
 
 def put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
