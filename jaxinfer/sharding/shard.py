@@ -1,6 +1,7 @@
 """The pass that puts a program on a mesh: what it computes stays, and `generate`, `Session` and the rest run it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from jaxinfer.sharding.fitting import fit
 from jaxinfer.sharding.mesh import make_mesh, parse_mesh
 from jaxinfer.sharding.model import OnMesh, check_stages, off_stages, on_mesh
 from jaxinfer.sharding.rules import DEFAULT, RULES
-from jaxinfer.sharding.specs import model_shardings, sharding_of
-from jaxinfer.sharding.stages import stack
+from jaxinfer.sharding.specs import model_shardings, model_specs
+from jaxinfer.sharding.stages import leaf_mesh, stack
 from jaxinfer.tree import path_of, replace, rewrite, select
 
 
@@ -42,8 +43,12 @@ class Shard:
 
     def shapes(self, model: Any) -> Any:
         """Return a tree of shapes with the sharding of each leaf, as it is: what the mesh does not divide is whole."""
-        where = sharding_of(model, self.mesh, self.rules)
-        return jax.tree_util.tree_map_with_path(lambda keys, x: put_leaf(x, where(path_of(keys), x)), model)
+        specs, layers = iter(model_specs(model, dict(self.mesh.shape), self.rules)), len(model.layers)
+
+        def place(keys: tuple, leaf: Any) -> Any:
+            return put_leaf(leaf, NamedSharding(leaf_mesh(path_of(keys), layers, self.mesh, self.rules), next(specs)))
+
+        return jax.tree_util.tree_map_with_path(place, model)
 
 
 def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Shard:
@@ -59,10 +64,21 @@ def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Shard:
     return Shard(mesh, find_rules(rules) if isinstance(rules, str) else rules)
 
 
-def settle(program: Program) -> Program:
-    """Return a program on a mesh with every array where its rules say, after a pass; any other one as it is."""
+def through_mesh(change: Callable[[Program], Program], program: Program, runs: bool) -> Program:
+    """Return what a change makes of a program, on the mesh where it is, if any, with every array where its rules say.
+
+    Layers in stages are changed one by one, each on its stage's devices. Where the change `runs` them, one after
+    another on the same devices, every device has for that time its part of all layers, and not of its stage's alone.
+    """
     model = program.model
-    return Shard(model.mesh, model.rules)(program) if isinstance(model, OnMesh) else program
+    if not isinstance(model, OnMesh):
+        return change(program)
+    place = Shard(model.mesh, model.rules)
+    if model.stages > 1:
+        model, rules = off_stages(model), place.rules
+        whole = dataclasses.replace(rules, table=tuple(entry for entry in rules.table if entry[0] != "layers"))
+        program = program.replace(model=put(model, place.mesh, whole) if runs else model)
+    return place(change(program))
 
 
 def find_rules(name: str) -> Rules:

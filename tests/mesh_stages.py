@@ -1,0 +1,233 @@
+"""Run programs whose layers are in stages on eight simulated devices, and print how far each is from one device."""
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from mesh_laws import SHAPE, base, calibration, on_meshes
+from models import GOLDENS, random_program, tiny_config, tiny_moe
+
+import jaxinfer as ji
+from jaxinfer.errors import InputError
+from jaxinfer.passes import apply
+from jaxinfer.passes.calibration import Calibration
+from jaxinfer.plan import hlo
+from jaxinfer.program import Program
+from jaxinfer.session import Session
+from jaxinfer.sharding.fitting import unfit
+from jaxinfer.sharding.model import off_stages
+from jaxinfer.sharding.shard import shard
+from jaxinfer.sharding.specs import cache_shardings
+from jaxinfer.sharding.stages import pieces_of
+from jaxinfer.tree import leaves
+
+TWO, FOUR, CONTEXT = "data=2,stage=2,model=2", "stage=4,data=2", "stage=2,context=2,model=2"
+LAWS = {  # passes, and the layers and meshes of each
+    "none": (4, (TWO, FOUR, CONTEXT, "stage=2,fsdp=4")),
+    "kv_int8": (2, (TWO, CONTEXT)),
+    "kv_fp8": (2, (TWO,)),
+    "kv_int4": (4, (TWO, FOUR)),
+    "int8": (2, (TWO,)),
+    "w8a8": (2, (TWO,)),
+    "quarot": (2, (TWO,)),
+    "int4": (4, (TWO, FOUR)),
+}
+OPTIONS = {"kv_int4": {"group": 8, "residual": 8}}
+ROWS = [[5, 6, 7, 5, 6, 7, 5, 6], [1, 2, 3], [9] * 5, [4, 8, 15, 16, 23, 42]]
+
+
+@functools.cache
+def experts() -> Program:
+    """Return a program of two layers, each a mixture of experts."""
+    moe = tiny_moe(num_experts=8, expert_dim=32, layers=None)
+    return random_program(tiny_config(**{**SHAPE, "num_layers": 2}, num_kv_heads=4, moe=moe))
+
+
+def with_pass(name: str, layers: int) -> Program:
+    """Return the dense program of so many layers under a pass."""
+    program = base("dense", layers)
+    return program if name == "none" else apply(program, (name, OPTIONS.get(name, {})), calibration=calibration("dense"))
+
+
+def laws() -> Iterator[dict]:
+    """Yield a line a pass and mesh, as `mesh_laws` does; of every table of rules, and of experts."""
+    for name, (layers, meshes) in LAWS.items():
+        yield from on_meshes("dense", name, with_pass(name, layers), meshes)
+    yield from on_meshes("experts", "none", experts(), ("stage=2,expert=4", "stage=2,data=2,expert=2"))
+    yield from on_meshes("dense", "none", base("dense", 2), ("data=2,stage=2,fsdp=2",), "fully_sharded")
+    yield from on_meshes("dense", "none", base("dense", 2), ("stage=2,model=4",), "data")
+    yield from on_meshes("experts", "none", experts(), ("stage=2,expert=4",), "expert")
+
+
+def prompts() -> Iterator[dict]:
+    """Yield a line of each text that is fed at once, in as many pieces as it is cut into, and of a step after it."""
+
+    @jax.jit
+    def run(model: Any, tokens: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden, cache = model(tokens, model.init_cache(len(tokens), 1024), counts)
+        after, _ = model(tokens[:, :1], cache, jnp.minimum(counts, 1))
+        return model.logits(hidden), model.logits(after)
+
+    tokens = (np.arange(2 * 768) * 11 % 96).reshape(2, 768).astype(np.int32)
+    counts = np.array([768, 301], np.int32)
+    real = np.arange(768) < counts[:, None]
+    for name, mesh in [("none", "stage=2,model=4"), ("none", CONTEXT), ("none", FOUR), ("kv_int4", "stage=2,model=4")]:
+        program = with_pass(name, 4)
+        many = shard(mesh)(program).model
+        (want, after), (got, then) = run(program.model, tokens, counts), run(many, tokens, counts)
+        error = np.where(real[..., None], np.abs(got - want), 0).max(), np.abs(then - after).max()
+        yield {
+            "name": name, "mesh": mesh, "pieces": pieces_of(2, 768, many.mesh.shape, many.rules, True),
+            "largest": [float(x / np.abs(want).max()) for x in error],
+        }  # fmt: skip
+
+
+def decoders() -> Iterator[dict]:
+    """Yield whether tokens are those of one device: of generation, drafts, trees of drafts, and branches of a session."""
+    program = base("dense", 4)
+    draft = base("dense", 2)
+    for name, one, options in [
+        ("greedy", program, {}),
+        ("sampled", program, dict(temperature=0.9, top_k=20, repetition_penalty=1.1)),
+        ("ngram", ji.speculative(program, "ngram", adapt=False), {}),
+        ("lookahead", ji.speculative(program, "lookahead", adapt=False), {}),
+        ("draft", ji.speculative(program, draft, length=2, adapt=False), {}),
+        ("kv_int4", with_pass("kv_int4", 4), {}),
+    ]:
+        want = ji.generate(one, ROWS, max_new_tokens=8, **options)
+        for mesh in (TWO, FOUR, CONTEXT) if name == "greedy" else (TWO,):
+            got = ji.generate(shard(mesh)(one), ROWS, max_new_tokens=8, **options)
+            yield {"decoder": name, "mesh": mesh, "same": bool((got.tokens == want.tokens).all())}
+    want = branches(program)
+    yield {"decoder": "fork", "mesh": TWO, "same": branches(shard(TWO)(program)) == want, "tokens": want}
+
+
+def branches(program: Program) -> list:
+    """Return what branches of a session decode, and what the session decodes that one of them joins."""
+    session, out = Session(program), []
+    session.feed([ROWS[0]], room=32)
+    branch = session.fork([[1, 2], [], [50] * 9, [3]], room=8)
+    out += list(branch.decode(8))
+    session.join(branch, branch.rows[0], room=8)
+    return [[list(map(int, row)) for row in rows] for rows in (*out, *session.decode(8))]
+
+
+def held() -> dict:
+    """Return over how many devices arrays of layers and of a cache are divided, and which layers' a device has."""
+    program = base("dense", 4)
+    model = shard(TWO)(program).model
+    cache = jax.jit(lambda model: model.init_cache(4, 64))(model)
+
+    def parts(arrays: list) -> list[float]:
+        return sorted({x.nbytes / x.addressable_shards[0].data.nbytes for x in arrays})
+
+    arrays = jax.tree.leaves(model.layers)
+    whose = []
+    for place, node in enumerate(model.layers):
+        for part in node.attention_norm.scale.addressable_shards:
+            layer = part.index[0].start * len(model.layers) + place
+            stage = np.argwhere(model.mesh.devices == part.device)[0][1]
+            same = np.array_equal(part.data[0], program.model.layers[layer].attention_norm.scale)
+            whose.append(bool(same and stage == part.index[0].start))
+    return {
+        "nodes": len(model.layers), "whose": whose,
+        "matrices": parts([x for x in arrays if x.ndim > 3 or (x.ndim == 3 and x.shape[1] != x.shape[2])]),
+        "norms": parts([node.attention_norm.scale for node in model.layers]),
+        "cache": parts(jax.tree.leaves(cache.layers)),
+    }  # fmt: skip
+
+
+def collectives(tokens: int, mesh: str) -> dict[str, Any]:
+    """Return what a compiled step of many rows moves, as kinds, bytes and counts."""
+    model, rows = shard(mesh)(base("dense", 4)).model, 8
+    cache = jax.eval_shape(lambda: model.init_cache(rows, 2048))
+    lies = cache_shardings(cache, model.mesh, model.rules)
+    cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, lies)
+    fed = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((rows, tokens), (rows,))]
+    run = jax.jit(lambda model, *args: model(*args), donate_argnums=2)
+    text = run.lower(model, fed[0], cache, fed[1]).compile().as_text()
+    held = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves((model.layers, cache.layers))]
+    return {
+        "tokens": tokens, "mesh": mesh, "moved": [[c.kind, c.bytes, n] for c, n in hlo.read(text).collectives.items()],
+        "smallest": 4 * min(int(np.prod(shape)) for shape in held if len(shape) > 3),
+    }  # fmt: skip
+
+
+def passes() -> Iterator[dict]:
+    """Yield how far a program is whose passes were applied in its stages, from one device's."""
+    ids = (np.arange(48) * 7 % 96).reshape(2, 24)
+    for spec in ("int8", "quarot", "awq", "kv_int8"):
+        one = base("dense", 4)
+        many = shard(TWO)(one)
+        text = [Calibration.of(p, (np.arange(64) * 7 % 96).tolist(), window=32) for p in (one, many)]
+        one, many = (apply(p, spec, calibration=c) for p, c in zip((one, many), text, strict=True))
+        error = np.abs(ji.logits(many, ids) - ji.logits(one, ids))
+        yield {
+            "pass": spec, "stages": many.model.stages, "passes": [name for name, _ in many.passes],
+            "median": float(np.median(error)), "largest": float(error.max() / np.abs(ji.logits(one, ids)).max()),
+        }  # fmt: skip
+
+
+def same(program: Program, other: Program) -> bool:
+    """Return whether two programs have the same arrays, each key head once, whatever lies where."""
+    one, two = (leaves(unfit(off_stages(p.model))) for p in (program, other))
+    return one.keys() == two.keys() and all(np.array_equal(one[p], two[p]) for p in one)
+
+
+def files(scratch: Path) -> dict:
+    """Return whether a checkpoint goes to its stages, and whether what is saved from there comes back elsewhere."""
+    ids = (np.arange(24) * 7 % 64).reshape(2, 12)
+    source = GOLDENS / "llama_mqa"
+    plain = ji.apply(ji.load(source, dtype="float32"), "int8")
+    program = ji.apply(ji.load(source, dtype="float32", mesh=TWO), "int8")
+    path = ji.save(program, scratch / "stages")
+    others = [ji.load(path), ji.load(path, mesh="data=4,model=2"), ji.load(path, mesh="stage=2,model=4")]
+    back = ji.load(ji.save(plain, scratch / "alone"), mesh=TWO)
+    return {
+        "same": [same(program, other) for other in (*others, back)],
+        "stages": [getattr(other.model, "stages", 1) for other in (program, *others, back)],
+        "largest": max(float(np.abs(ji.logits(p, ids) - ji.logits(plain, ids)).max()) for p in (program, *others[1:])),
+    }
+
+
+def refusals() -> Iterator[dict]:
+    """Yield what a program in stages says to what needs some of its layers."""
+    many = shard(TWO)(base("dense", 4))
+    asks = {
+        "exit": lambda: ji.generate(ji.speculative(many, "exit", adapt=False), ROWS, max_new_tokens=4),
+        "direct": lambda: ji.passes.parse("int8")(many),
+        "early_exit": lambda: shard(TWO)(apply(base("dense", 4), ("early_exit", {"first": 2}), calibration=calibration("dense"))),
+        "skip_decode": lambda: shard(TWO)(apply(base("dense", 4), ("skip_decode", {"end": 24, "share": 0.5}))),
+        "skip_layers": lambda: apply(many, ("skip_layers", {"layers": (1,)})),
+    }  # fmt: skip
+    for name, ask in asks.items():
+        try:
+            ask()
+        except InputError as error:
+            yield {"refused": name, "said": str(error)}
+
+
+def main() -> None:
+    """Print lines of what is named."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    for name in sys.argv[1:]:
+        if name in ("laws", "prompts", "decoders", "passes", "refusals"):
+            found = {"laws": laws, "prompts": prompts, "decoders": decoders, "passes": passes, "refusals": refusals}
+            for line in found[name]():
+                print(json.dumps(line), flush=True)
+        elif name == "held":
+            print(json.dumps(held()))
+            for tokens, mesh in ((1, TWO), (1, FOUR), (256, "stage=2,model=4")):
+                print(json.dumps(collectives(tokens, mesh)), flush=True)
+        else:
+            print(json.dumps(files(Path(name))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
