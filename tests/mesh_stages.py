@@ -32,7 +32,7 @@ LAWS = {  # passes, and the layers and meshes of each
     "none": (4, (TWO, FOUR, CONTEXT, "stage=2,fsdp=4")),
     "kv_int8": (2, (TWO, CONTEXT)),
     "kv_fp8": (2, (TWO,)),
-    "kv_int4": (4, (TWO, FOUR)),
+    "kv_int4": (2, (TWO,)),
     "int8": (2, (TWO,)),
     "w8a8": (2, (TWO,)),
     "quarot": (2, (TWO,)),
@@ -52,7 +52,9 @@ def experts() -> Program:
 def with_pass(name: str, layers: int) -> Program:
     """Return the dense program of so many layers under a pass."""
     program = base("dense", layers)
-    return program if name == "none" else apply(program, (name, OPTIONS.get(name, {})), calibration=calibration("dense"))
+    return (
+        program if name == "none" else apply(program, (name, OPTIONS.get(name, {})), calibration=calibration("dense"))
+    )
 
 
 def laws() -> Iterator[dict]:
@@ -78,7 +80,7 @@ def prompts() -> Iterator[dict]:
     counts = np.array([768, 301], np.int32)
     real = np.arange(768) < counts[:, None]
     for name, mesh in [("none", "stage=2,model=4"), ("none", CONTEXT), ("none", FOUR), ("kv_int4", "stage=2,model=4")]:
-        program = with_pass(name, 4)
+        program = with_pass(name, 2 if name == "kv_int4" else 4)
         many = shard(mesh)(program).model
         (want, after), (got, then) = run(program.model, tokens, counts), run(many, tokens, counts)
         error = np.where(real[..., None], np.abs(got - want), 0).max(), np.abs(then - after).max()
@@ -89,7 +91,7 @@ def prompts() -> Iterator[dict]:
 
 
 def decoders() -> Iterator[dict]:
-    """Yield whether tokens are those of one device: of generation, drafts, trees of drafts, and branches of a session."""
+    """Yield whether tokens are those of one device: of generation, of drafts, of trees, of a session's branches."""
     program = base("dense", 4)
     draft = base("dense", 2)
     for name, one, options in [
@@ -131,13 +133,12 @@ def held() -> dict:
     whose = []
     for place, node in enumerate(model.layers):
         for part in node.attention_norm.scale.addressable_shards:
-            layer = part.index[0].start * len(model.layers) + place
-            stage = np.argwhere(model.mesh.devices == part.device)[0][1]
-            same = np.array_equal(part.data[0], program.model.layers[layer].attention_norm.scale)
-            whose.append(bool(same and stage == part.index[0].start))
+            stage = int(np.argwhere(model.mesh.devices == part.device)[0][1])
+            layer = program.model.layers[stage * len(model.layers) + place]
+            whose.append(bool(np.array_equal(part.data, layer.attention_norm.scale)))
     return {
         "nodes": len(model.layers), "whose": whose,
-        "matrices": parts([x for x in arrays if x.ndim > 3 or (x.ndim == 3 and x.shape[1] != x.shape[2])]),
+        "matrices": parts([x for x in arrays if x.ndim > 2 or x.size > 2000]),
         "norms": parts([node.attention_norm.scale for node in model.layers]),
         "cache": parts(jax.tree.leaves(cache.layers)),
     }  # fmt: skip
@@ -198,11 +199,11 @@ def files(scratch: Path) -> dict:
 
 def refusals() -> Iterator[dict]:
     """Yield what a program in stages says to what needs some of its layers."""
-    many = shard(TWO)(base("dense", 4))
+    many, exits = shard(TWO)(base("dense", 4)), ("early_exit", {"first": 2})
     asks = {
         "exit": lambda: ji.generate(ji.speculative(many, "exit", adapt=False), ROWS, max_new_tokens=4),
         "direct": lambda: ji.passes.parse("int8")(many),
-        "early_exit": lambda: shard(TWO)(apply(base("dense", 4), ("early_exit", {"first": 2}), calibration=calibration("dense"))),
+        "early_exit": lambda: shard(TWO)(apply(base("dense", 4), exits, calibration=calibration("dense"))),
         "skip_decode": lambda: shard(TWO)(apply(base("dense", 4), ("skip_decode", {"end": 24, "share": 0.5}))),
         "skip_layers": lambda: apply(many, ("skip_layers", {"layers": (1,)})),
     }  # fmt: skip

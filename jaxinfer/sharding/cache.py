@@ -8,11 +8,16 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.ops.placement import divides_tokens
+from jaxinfer.ops.placement import divides_tokens, first_entry
 from jaxinfer.sharding.context import Slots
 
 Axes = tuple[str, ...]
 STAGE = "stage"  # the mesh axis that divides layers
+
+
+def staged(spec: PartitionSpec) -> PartitionSpec:
+    """Return how the arrays of all stages lie, one after another along the first axis, that lie so within a stage."""
+    return PartitionSpec((STAGE, *first_entry(spec)), *spec[1:])
 
 
 @nnx.dataclass
@@ -121,7 +126,7 @@ class DividedLayer(nnx.Module):
 
 @nnx.dataclass
 class StagedLayer(nnx.Module):
-    """The caches of the layers that have one place in every stage: arrays have an axis of stages in front.
+    """The caches of the layers that have one place in every stage: their rows, those of a stage after another's.
 
     `stages.run_stages` appends and attends; what is done between steps is done here, by each stage with its own.
     """
@@ -132,7 +137,7 @@ class StagedLayer(nnx.Module):
     @property
     def exact_rewind(self) -> int | None:
         """What the cache of each stage has."""
-        return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), self.inner).exact_rewind
+        return self.inner.exact_rewind
 
     def rewind(self, length: Int[Array, "B"]) -> "StagedLayer":
         """Rewind in every stage."""
@@ -152,8 +157,7 @@ class StagedLayer(nnx.Module):
 
     def _everywhere(self, method: str, *given: Array, **options: Any) -> "StagedLayer":
         def call(inner: Any, given: tuple) -> Any:
-            out = getattr(jax.tree.map(lambda x: x[0], inner), method)(*given, **options)
-            return jax.tree.map(lambda x: x[None], out)
+            return getattr(inner, method)(*given, **options)
 
         stages, whole = PartitionSpec(STAGE), PartitionSpec()
         divided = jax.shard_map(

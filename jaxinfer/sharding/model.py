@@ -49,7 +49,7 @@ class OnMesh:
         fields = dict(mesh=self.mesh.abstract_mesh, rows=self._row_axes(batch), heads=heads, slots=over)
         layers = [DividedLayer(layer, **fields) for layer in cache.layers]
         if self.stages > 1:
-            each = lambda x: jnp.broadcast_to(x, (self.stages, *x.shape))  # noqa: E731
+            each = lambda x: jnp.tile(x, (self.stages, *(1,) * (x.ndim - 1)))  # noqa: E731
             layers = [StagedLayer(jax.tree.map(each, layer), mesh=self.mesh.abstract_mesh) for layer in layers]
         return self._constrain(Cache(cache.length, layers))
 

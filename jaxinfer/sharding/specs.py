@@ -9,10 +9,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.ops.placement import Rules
 from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, is_quantized
-from jaxinfer.sharding.cache import StagedLayer
+from jaxinfer.sharding.cache import StagedLayer, staged
 from jaxinfer.sharding.fitting import check_fits
 from jaxinfer.sharding.names import names_of, owner
-from jaxinfer.sharding.stages import leaf_mesh
+from jaxinfer.sharding.stages import leaf_mesh, stages_on
 from jaxinfer.tree import path_of
 
 
@@ -59,22 +59,25 @@ def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
 
     Every array of a cache is `[B, K, ...]`, or `[B]`: rows, then heads (or the runs of channels of a head). The third
     axis is the slots where a context is divided, which the kinds of cache that have others refuse. Of layers in stages
-    there is an axis before these.
+    the rows of each stage follow one another.
     """
     sizes = dict(mesh.shape)
 
     def lie(node: Any) -> Any:
-        front = ("layers",) if isinstance(node, StagedLayer) else ()
-        return jax.tree.map(lambda leaf: NamedSharding(mesh, cache_spec(leaf.shape, sizes, rules, front)), node)
+        stages = stages_on(sizes, rules) if isinstance(node, StagedLayer) else 1
+
+        def place(leaf: Any) -> NamedSharding:
+            spec = cache_spec((leaf.shape[0] // stages, *leaf.shape[1:]), sizes, rules)
+            return NamedSharding(mesh, staged(spec) if stages > 1 else spec)
+
+        return jax.tree.map(place, node)
 
     return jax.tree.map(lie, cache, is_leaf=lambda node: isinstance(node, StagedLayer))
 
 
-def cache_spec(
-    shape: Sequence[int], sizes: Mapping[str, int], rules: Rules, front: tuple[str, ...] = ()
-) -> PartitionSpec:
-    """Return how one array of a cache lies, whose axes follow those of `front`."""
-    names = (*front, "batch", "kv_heads", "sequence")[: len(shape)]
+def cache_spec(shape: Sequence[int], sizes: Mapping[str, int], rules: Rules) -> PartitionSpec:
+    """Return how one array of a cache lies."""
+    names = ("batch", "kv_heads", "sequence")[: len(shape)]
     return rules.spec((*names, *(None for _ in shape[len(names) :])), shape, sizes)
 
 

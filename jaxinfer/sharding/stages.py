@@ -1,8 +1,8 @@
 """Layers divided over devices in order: each stage holds some that follow one another, and hidden states travel.
 
 Stage s of p holds layers s n .. s n + n - 1. Layers j, j + n, j + 2 n, ... have one place in every stage and become one
-node, whose leaves have an axis of stages in front that is divided: a device has one of them. (GPipe, 1811.06965; cut
-along tokens rather than rows, as TeraPipe does, 2102.07988.)
+node, whose leaves are theirs end to end, cut where they meet: what a device has is an array of its own layer.
+(GPipe, 1811.06965; cut along tokens rather than rows, as TeraPipe does, 2102.07988.)
 """
 
 import functools
@@ -20,7 +20,7 @@ from jaxinfer.cache.base import Cache
 from jaxinfer.models.transformer import run_block
 from jaxinfer.ops.placement import Rules, first_entry
 from jaxinfer.ops.token_tree import TokenTree
-from jaxinfer.sharding.cache import STAGE, StagedLayer
+from jaxinfer.sharding.cache import STAGE, StagedLayer, staged
 
 ENOUGH = 256  # tokens of a piece on a device: with fewer, products take as long as their weights take to read
 MOST = 4  # pieces for each stage: of 4 p + p - 1 turns a stage then rests in a fifth
@@ -67,7 +67,7 @@ def stack(
     """Return layers as n nodes for the stages of a mesh, each stage's part on its devices.
 
     `specs` say how a layer's leaves lie within a stage, in the order of `jax.tree.leaves(layers)`; `put` takes an array
-    there. What lies with its stage already is not sent: a device's part gets one more axis.
+    there. What lies with its stage already is neither sent nor copied.
     """
     stages = mesh.shape[STAGE]
     n, found, specs = len(layers) // stages, [], list(specs)
@@ -83,6 +83,11 @@ def stack(
 def unstack(layers: Sequence[Any], mesh: Mesh) -> list[Any]:
     """Return the layers of all stages in order, each on the devices of its stage."""
     return [jax.tree.map(lambda x, s=s: _stage_leaf(x, s, mesh), j) for s in range(mesh.shape[STAGE]) for j in layers]
+
+
+def within(spec: PartitionSpec) -> PartitionSpec:
+    """Return how a stage's part lies of an array that lies by `spec`, in which stages come first."""
+    return PartitionSpec(first_entry(spec)[1:] or None, *spec[1:])
 
 
 def run_stages(
@@ -109,7 +114,6 @@ def run_stages(
 
     def run(layers: Any, caches: Any, x: Array, length: Array, counts: Array) -> tuple[Array, Any]:
         stage = jax.lax.axis_index(STAGE)
-        layers, caches = jax.tree.map(lambda leaf: leaf[0], (layers, caches))
         offset = jnp.arange(t, dtype=jnp.int32)[None]
         depth = offset if tree is None else tree.depth
         rows = first_entry(rules.spec(("batch",), (B,), mesh.shape))
@@ -132,7 +136,7 @@ def run_stages(
 
         carry = jnp.zeros_like(x[:, :t]), caches, jnp.zeros_like(x)
         _, caches, out = jax.lax.fori_loop(0, pieces + stages - 1, turn, carry)
-        return out[None], jax.tree.map(lambda leaf: leaf[None], caches)
+        return out[None], caches
 
     divided, whole = PartitionSpec(STAGE), PartitionSpec()
     out, caches = jax.shard_map(
@@ -165,23 +169,25 @@ def pieces_of(rows: int, tokens: int, mesh: Mapping[str, int], rules: Rules, cha
 
 
 def _stack_leaf(leaves: Sequence[Any], spec: PartitionSpec, mesh: Mesh, put: Callable[[Any, Any], Any]) -> Any:
-    """Return the array that has a stage's array at that stage's place."""
-    sharding, shape = NamedSharding(mesh, PartitionSpec(STAGE, *spec)), (len(leaves), *leaves[0].shape)
+    """Return the arrays of all stages as one, end to end along their first axis."""
+    first, *others = leaves[0].shape
+    shape, sharding = (len(leaves) * first, *others), NamedSharding(mesh, staged(spec))
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=sharding)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return put(jnp.stack(leaves), sharding)
+        return put(jnp.concatenate(leaves), sharding)
     placed = [put(leaf, NamedSharding(stage_mesh(mesh, s), spec)) for s, leaf in enumerate(leaves)]
-    parts = [shard.data[None] for leaf in placed for shard in leaf.addressable_shards]
+    parts = [shard.data for leaf in placed for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _stage_leaf(leaf: Any, stage: int, mesh: Mesh) -> Any:
     """Return a stage's part of an array, where it lies."""
     if isinstance(leaf, jax.core.Tracer):
-        return leaf[stage]
-    sharding, shape = NamedSharding(stage_mesh(mesh, stage), PartitionSpec(*leaf.sharding.spec[1:])), leaf.shape[1:]
+        return jnp.split(leaf, mesh.shape[STAGE])[stage]
+    size, part = leaf.shape[0] // mesh.shape[STAGE], stage_mesh(mesh, stage)
+    shape, sharding = (size, *leaf.shape[1:]), NamedSharding(part, within(leaf.sharding.spec))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-    parts = [shard.data[0] for shard in leaf.addressable_shards if shard.index[0].start == stage]
+    parts = [shard.data for shard in leaf.addressable_shards if (shard.index[0].start or 0) // size == stage]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
