@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mesh_laws import SHAPE, base, calibration, on_meshes
+from mesh_laws import SHAPE, base, calibration, logits, on_meshes
 from models import GOLDENS, random_program, tiny_config, tiny_moe
 
 import jaxinfer as ji
+from jaxinfer.decode.drafters.exit import Exit
 from jaxinfer.errors import InputError
+from jaxinfer.models.transformer import abstract
 from jaxinfer.passes import apply
 from jaxinfer.passes.calibration import Calibration
 from jaxinfer.plan import hlo
@@ -22,8 +24,9 @@ from jaxinfer.program import Program
 from jaxinfer.session import Session
 from jaxinfer.sharding.fitting import unfit
 from jaxinfer.sharding.model import off_stages
+from jaxinfer.sharding.rules import DEFAULT, RULES, Rules
 from jaxinfer.sharding.shard import shard
-from jaxinfer.sharding.specs import cache_shardings
+from jaxinfer.sharding.specs import cache_shardings, sharding_of
 from jaxinfer.sharding.stages import pieces_of
 from jaxinfer.tree import leaves
 
@@ -32,7 +35,7 @@ LAWS = {  # passes, and the layers and meshes of each
     "none": (4, (TWO, FOUR, CONTEXT, "stage=2,fsdp=4")),
     "kv_int8": (2, (TWO, CONTEXT)),
     "kv_fp8": (2, (TWO,)),
-    "kv_int4": (2, (TWO,)),
+    "kv_int4": (4, (TWO, FOUR)),
     "int8": (2, (TWO,)),
     "w8a8": (2, (TWO,)),
     "quarot": (2, (TWO,)),
@@ -49,6 +52,15 @@ def experts() -> Program:
     return random_program(tiny_config(**{**SHAPE, "num_layers": 2}, num_kv_heads=4, moe=moe))
 
 
+def not_in_stages(program: Program, mesh: str) -> Program:
+    """Return the program on the mesh with every layer on all stages, so that each device computes what it would there.
+
+    What rounds its caches or activations may be a step off another mesh's, and the next layers make much of it.
+    """
+    rules = RULES[DEFAULT]
+    return shard(mesh, Rules("whole", tuple(entry for entry in rules.table if entry[0] != "layers")))(program)
+
+
 def with_pass(name: str, layers: int) -> Program:
     """Return the dense program of so many layers under a pass."""
     program = base("dense", layers)
@@ -60,7 +72,13 @@ def with_pass(name: str, layers: int) -> Program:
 def laws() -> Iterator[dict]:
     """Yield a line a pass and mesh, as `mesh_laws` does; of every table of rules, and of experts."""
     for name, (layers, meshes) in LAWS.items():
-        yield from on_meshes("dense", name, with_pass(name, layers), meshes)
+        program = with_pass(name, layers)
+        for line in on_meshes("dense", name, program, meshes):
+            if name in ("w8a8", "kv_fp8", "kv_int4"):
+                one, _ = logits(not_in_stages(program, line["mesh"]))
+                many, _ = logits(shard(line["mesh"])(program))
+                line["same_mesh"] = float(np.abs(many - one).max() / np.abs(one).max())
+            yield line
     yield from on_meshes("experts", "none", experts(), ("stage=2,expert=4", "stage=2,data=2,expert=2"))
     yield from on_meshes("dense", "none", base("dense", 2), ("data=2,stage=2,fsdp=2",), "fully_sharded")
     yield from on_meshes("dense", "none", base("dense", 2), ("stage=2,model=4",), "data")
@@ -92,22 +110,22 @@ def prompts() -> Iterator[dict]:
 
 def decoders() -> Iterator[dict]:
     """Yield whether tokens are those of one device: of generation, of drafts, of trees, of a session's branches."""
-    program = base("dense", 4)
-    draft = base("dense", 2)
+    program, two, draft = base("dense", 4), base("dense", 2), base("dense", 1)
     for name, one, options in [
         ("greedy", program, {}),
-        ("sampled", program, dict(temperature=0.9, top_k=20, repetition_penalty=1.1)),
-        ("ngram", ji.speculative(program, "ngram", adapt=False), {}),
-        ("lookahead", ji.speculative(program, "lookahead", adapt=False), {}),
-        ("draft", ji.speculative(program, draft, length=2, adapt=False), {}),
-        ("kv_int4", with_pass("kv_int4", 4), {}),
+        ("sampled", two, dict(temperature=0.9, top_k=20, repetition_penalty=1.1)),
+        ("ngram", ji.speculative(two, "ngram", adapt=False), {}),
+        ("lookahead", ji.speculative(two, "lookahead", adapt=False), {}),
+        ("draft", ji.speculative(program, two, length=2, adapt=False), {}),
+        ("draft that is whole", ji.speculative(two, draft, length=2, adapt=False), {}),
+        ("kv_int4", with_pass("kv_int4", 2), {}),
     ]:
         want = ji.generate(one, ROWS, max_new_tokens=8, **options)
         for mesh in (TWO, FOUR, CONTEXT) if name == "greedy" else (TWO,):
             got = ji.generate(shard(mesh)(one), ROWS, max_new_tokens=8, **options)
             yield {"decoder": name, "mesh": mesh, "same": bool((got.tokens == want.tokens).all())}
-    want = branches(program)
-    yield {"decoder": "fork", "mesh": TWO, "same": branches(shard(TWO)(program)) == want, "tokens": want}
+    want = branches(two)
+    yield {"decoder": "fork", "mesh": TWO, "same": branches(shard(TWO)(two)) == want, "tokens": want}
 
 
 def branches(program: Program) -> list:
@@ -145,18 +163,20 @@ def held() -> dict:
 
 
 def collectives(tokens: int, mesh: str) -> dict[str, Any]:
-    """Return what a compiled step of many rows moves, as kinds, bytes and counts."""
+    """Return what a compiled step of many rows moves, as kinds, bytes and counts, and the bytes beside."""
     model, rows = shard(mesh)(base("dense", 4)).model, 8
-    cache = jax.eval_shape(lambda: model.init_cache(rows, 2048))
+    cache = jax.eval_shape(lambda: model.init_cache(rows, 4096))
     lies = cache_shardings(cache, model.mesh, model.rules)
     cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, lies)
     fed = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((rows, tokens), (rows,))]
     run = jax.jit(lambda model, *args: model(*args), donate_argnums=2)
-    text = run.lower(model, fed[0], cache, fed[1]).compile().as_text()
-    held = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves((model.layers, cache.layers))]
+    compiled = run.lower(model, fed[0], cache, fed[1]).compile()
+    moved = hlo.read(compiled.as_text()).collectives
     return {
-        "tokens": tokens, "mesh": mesh, "moved": [[c.kind, c.bytes, n] for c, n in hlo.read(text).collectives.items()],
-        "smallest": 4 * min(int(np.prod(shape)) for shape in held if len(shape) > 3),
+        "tokens": tokens, "mesh": mesh, "moved": sorted([c.kind, c.bytes, n] for c, n in moved.items()),
+        "beside": compiled.memory_analysis().temp_size_in_bytes,
+        "cache_array": min(4 * x.size // len(jax.devices()) for x in jax.tree.leaves(cache.layers)),
+        "matrix": min(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model.layers) if x.ndim > 2),
     }  # fmt: skip
 
 
@@ -186,11 +206,17 @@ def files(scratch: Path) -> dict:
     ids = (np.arange(24) * 7 % 64).reshape(2, 12)
     source = GOLDENS / "llama_mqa"
     plain = ji.apply(ji.load(source, dtype="float32"), "int8")
-    program = ji.apply(ji.load(source, dtype="float32", mesh=TWO), "int8")
+    loaded = ji.load(source, dtype="float32", mesh=TWO)
+    shapes = abstract(plain.config)
+    where = sharding_of(shapes, loaded.model.mesh, loaded.model.rules)
+    matrices = [x for x in jax.tree.leaves(loaded.model.layers) if x.ndim > 2]
+    program = ji.apply(loaded, "int8")
     path = ji.save(program, scratch / "stages")
     others = [ji.load(path), ji.load(path, mesh="data=4,model=2"), ji.load(path, mesh="stage=2,model=4")]
     back = ji.load(ji.save(plain, scratch / "alone"), mesh=TWO)
     return {
+        "read_to": sorted({len(where(path, x).device_set) for path, x in leaves(shapes).items()}),
+        "parts": sorted({x.nbytes / x.addressable_shards[0].data.nbytes for x in matrices}),
         "same": [same(program, other) for other in (*others, back)],
         "stages": [getattr(other.model, "stages", 1) for other in (program, *others, back)],
         "largest": max(float(np.abs(ji.logits(p, ids) - ji.logits(plain, ids)).max()) for p in (program, *others[1:])),
@@ -201,7 +227,7 @@ def refusals() -> Iterator[dict]:
     """Yield what a program in stages says to what needs some of its layers."""
     many, exits = shard(TWO)(base("dense", 4)), ("early_exit", {"first": 2})
     asks = {
-        "exit": lambda: ji.generate(ji.speculative(many, "exit", adapt=False), ROWS, max_new_tokens=4),
+        "exit": lambda: ji.generate(ji.speculative(many, Exit(layers=1), adapt=False), ROWS, max_new_tokens=4),
         "direct": lambda: ji.passes.parse("int8")(many),
         "early_exit": lambda: shard(TWO)(apply(base("dense", 4), exits, calibration=calibration("dense"))),
         "skip_decode": lambda: shard(TWO)(apply(base("dense", 4), ("skip_decode", {"end": 24, "share": 0.5}))),
