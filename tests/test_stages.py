@@ -70,7 +70,7 @@ def test_prompts_are_cut_where_computing_dominates(rows, tokens, mesh, pieces):
 
 def test_every_pass_cache_and_table_of_rules_gives_in_stages_what_one_device_gives():
     found = lines("mesh_stages.py", "laws")
-    assert len(found) == 20 and {line["rules"] for line in found} == {"mixed", "fully_sharded", "data", "expert"}
+    assert len(found) == 19 and {line["rules"] for line in found} == {"mixed", "fully_sharded", "data", "expert"}
     names = {"none", "kv_int8", "kv_fp8", "kv_int4", "int8", "w8a8", "quarot", "int4"}
     assert {line["name"] for line in found} == names
     for line in found:
@@ -91,7 +91,7 @@ def test_prompts_in_pieces_give_what_one_device_gives():
 
 def test_every_decoder_and_session_gives_in_stages_the_tokens_of_one_device():
     found = lines("mesh_stages.py", "decoders")
-    assert len(found) == 9 and all(line["same"] for line in found), found
+    assert len(found) == 10 and all(line["same"] for line in found), found
     assert len({token for rows in found[-1]["tokens"] for row in rows for token in row}) > 8
 
 

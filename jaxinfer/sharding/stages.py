@@ -23,7 +23,7 @@ from jaxinfer.ops.token_tree import TokenTree
 from jaxinfer.sharding.cache import STAGE, StagedLayer, staged
 
 ENOUGH = 256  # tokens of a piece on a device: with fewer, products take as long as their weights take to read
-MOST = 4  # pieces for each stage: of 4 p + p - 1 turns a stage then rests in a fifth
+MOST = 4  # pieces for each stage: of 4 p + p - 1 turns a stage then rests in p - 1, a fifth at most
 
 
 def stages_on(mesh: Mapping[str, int], rules: Rules) -> int:
@@ -131,7 +131,8 @@ def run_stages(
             caches = list(caches)
             for j, layer in enumerate(layers):
                 y, caches[j] = run_block(layer, y, positions, caches[j], start, real, tree)
-            out = jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=1)  # the last stage's first piece comes last
+            # Of the last stage, whose `out` is taken: what was there before its first piece is written over.
+            out = jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=1)
             return jax.lax.ppermute(y, STAGE, [(s, s + 1) for s in range(stages - 1)]), caches, out
 
         carry = jnp.zeros_like(x[:, :t]), caches, jnp.zeros_like(x)
