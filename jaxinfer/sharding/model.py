@@ -14,6 +14,7 @@ from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.placement import Rules, first_entry, placed
 from jaxinfer.ops.token_tree import TokenTree
+from jaxinfer.sharding import processes
 from jaxinfer.sharding.cache import STAGE, DividedLayer, StagedLayer
 from jaxinfer.sharding.context import slots_on
 from jaxinfer.sharding.fitting import mesh_without
@@ -129,8 +130,16 @@ def off_stages(model: Transformer) -> Transformer:
 
 
 def check_stages(model: OnMesh) -> None:
-    """Raise InputError where a model decides by itself which of its layers run, and a mesh divides them in order."""
+    """Raise InputError where a mesh divides layers in order and the model decides by itself which of them run.
+
+    Nor may the devices be of several processes: two of them were seen to wait for each other without end.
+    """
     kind = type(model).__bases__[1]
+    if model.stages > 1 and processes.count() > 1:
+        raise InputError(
+            f"mesh {show_mesh(model.mesh.shape)}: stage={model.stages} is for the devices of one process, and there "
+            f"are {processes.count()}; leave stage out"
+        )
     if model.stages > 1 and kind.run_layers is not Transformer.run_layers:
         fitting = mesh_without((STAGE,), model, dict(model.mesh.shape), model.rules)
         raise InputError(
