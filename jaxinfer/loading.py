@@ -29,6 +29,7 @@ from jaxinfer.passes.quantization.file_blocks import held_blocks, hold_blocks
 from jaxinfer.paths import cache_dir
 from jaxinfer.program import Program
 from jaxinfer.sharding.fitting import unfit
+from jaxinfer.sharding.model import off_stages
 from jaxinfer.sharding.rules import DEFAULT, Rules
 from jaxinfer.sharding.shard import Shard, shard
 from jaxinfer.sharding.specs import sharding_of
@@ -130,7 +131,7 @@ def save(program: Program, directory: str | os.PathLike) -> Path:
     Raises:
         InputError: the directory exists, or the disk is full; nothing is left behind.
     """
-    model = unfit(program.model)
+    model = unfit(off_stages(program.model))
     metadata = {
         "config": config_to_dict(program.built or program.config),  # on which the passes are applied again
         "dtype": str(program.model.embed.table.dtype),

@@ -208,11 +208,16 @@ def test_programs_for_four_tpus_call_kernels_and_never_gather_a_cache():
         "context_decode": {"decode_attention"},
         "context_decode_int8_kv_int8": {"decode_attention", "quantized_matmul"},
         "context_prefill": {"prefill_attention"},
+        "stage_decode_int8_kv_int8": {"decode_attention", "quantized_matmul"},
+        "stage_prefill": {"prefill_attention"},
     }
     for name, line in found.items():
         # Two sums a layer, one of the embedding; tokens and their scores are exchanged, and no array of a cache.
-        # Of a divided context parts are merged, or queries go round, and new keys and values to their slots.
-        kinds = {"all-gather", "all-reduce", *(("collective-permute",) if name == "context_prefill" else ())}
+        # Of a divided context parts are merged, or queries go round, and new keys and values to their slots. Hidden
+        # states go from stage to stage.
+        passed_on = name == "context_prefill" or name.startswith("stage")
+        kinds = {"all-gather", "all-reduce", *(("collective-permute",) if passed_on else ())}
+        assert "collective-permute" in line["moved"] or not passed_on, line
         assert set(line["moved"]) <= kinds and "all-reduce" in line["moved"], line
         assert set(line["moved"]) == kinds or name != "context_prefill", line
         most = 4 * 64 * 128 if name == "context_prefill" else 1024

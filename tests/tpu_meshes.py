@@ -24,6 +24,7 @@ from pallas_kernels import compat
 
 MESH = {"data": 2, "model": 2}
 CONTEXT = {"context": 2, "model": 2}
+STAGES = {"stage": 2, "model": 2}
 PROGRAMS = {
     "decode": ((), 1),
     "decode_int8_kv_int8": (("int8", "kv_int8"), 1),
@@ -33,6 +34,8 @@ PROGRAMS = {
     "context_decode": ((), 1, CONTEXT),
     "context_decode_int8_kv_int8": (("int8", "kv_int8"), 1, CONTEXT),
     "context_prefill": (("int8",), 64, CONTEXT),
+    "stage_decode_int8_kv_int8": (("int8", "kv_int8"), 1, STAGES),
+    "stage_prefill": ((), 256, STAGES),
 }
 BATCH, SLOTS = 4, 512
 

@@ -104,7 +104,7 @@ def prefill_flops(program: Program, tokens: int) -> float:
 
     `2 * matrix entries * tokens + 4 * N * H * (query, key) pairs in sight`; of experts only those that a token runs.
     """
-    c, layers = program.config, program.model.layers
+    c, layers = program.config, len(program.model.layers) * getattr(program.model, "stages", 1)
     model = abstract(c)
     entries = sum(leaf.size for leaf in jax.tree.leaves(model.layers) if len(leaf.shape) > 1)
     for node in tree.select(model, MoE).values():
@@ -112,7 +112,7 @@ def prefill_flops(program: Program, tokens: int) -> float:
         entries -= size * (1 - c.moe.experts_per_token / c.moe.num_experts)
     pairs = sum(_pairs(tokens, c.window(i)) for i in range(c.num_layers))
     body = 2 * entries * tokens + 4 * c.num_heads * c.head_dim * pairs
-    return body * len(layers) / c.num_layers + 2 * c.vocab_size * c.embed_dim
+    return body * layers / c.num_layers + 2 * c.vocab_size * c.embed_dim
 
 
 def _pairs(tokens: int, window: int | None) -> int:

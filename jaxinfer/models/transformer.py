@@ -113,7 +113,7 @@ class Block(nnx.Module):
 
 
 @jax.jit
-def _run_block(block: nnx.Module, x: Array, positions: Array, cache: LayerCache, start: Array, counts: Array, tree):
+def run_block(block: nnx.Module, x: Array, positions: Array, cache: LayerCache, start: Array, counts: Array, tree):
     """Call the block; under jit, so that layers of one kind are traced and lowered once and not once each."""
     return block(x, positions, cache, start, counts, tree)
 
@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
         positions = jnp.where(offset < counts[:, None], cache.length[:, None] + at, -1)
         layers, found = list(cache.layers), []
         for i in range(len(self.layers))[first:end]:
-            x, layers[i] = _run_block(self.layers[i], x, positions, layers[i], cache.length, counts, tree)
+            x, layers[i] = run_block(self.layers[i], x, positions, layers[i], cache.length, counts, tree)
             if i in after:
                 found.append(x)
         return x, Cache(length=cache.length, layers=layers), found

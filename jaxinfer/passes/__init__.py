@@ -70,14 +70,19 @@ def apply(program: Program, *specs: Spec, calibration: Any = None) -> Program:
         InputError: an unknown pass or option (the nearest are named), a value of the wrong type, a pass that can't
             follow the ones before it (with the reason), or one that matches no node.
     """
-    passes = [parse(spec) for spec in specs]  # every mistake in writing, before any work
-    for technique in passes:
-        if isinstance(technique, Calibrated) and technique.calibration is None:
-            technique = dataclasses.replace(technique, calibration=calibration)
-        program = technique(program)
-    from jaxinfer.sharding.shard import settle  # which needs layouts, and so this package
+    from jaxinfer.sharding.shard import through_mesh  # which needs layouts, and so this package
 
-    return settle(program) if passes else program
+    passes = [parse(spec) for spec in specs]  # every mistake in writing, before any work
+    looks = any(isinstance(technique, Calibrated) for technique in passes)
+
+    def change(program: Program) -> Program:
+        for technique in passes:
+            if isinstance(technique, Calibrated) and technique.calibration is None:
+                technique = dataclasses.replace(technique, calibration=calibration)
+            program = technique(program)
+        return program
+
+    return through_mesh(change, program, runs=looks) if passes else program
 
 
 def parse(spec: Spec) -> Technique:

@@ -62,7 +62,9 @@ class Technique:
         return out.replace(passes=passes, built=program.built or program.config)
 
     def check(self, program: Program) -> None:
-        """Raise InputError where a pass that was applied before forbids this one."""
+        """Raise InputError where a pass that was applied before, or layers that are in stages, forbid this one."""
+        if getattr(program.model, "stages", 1) > 1:  # a node is of several layers
+            raise InputError(f"{self.name}: the layers are in stages; use apply, which takes them out, or shard last")
         for name, options in program.passes:
             if reason := conflict(name, options, self):
                 raise InputError(f"{self.name} after {name}: {reason}")

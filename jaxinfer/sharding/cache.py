@@ -1,4 +1,4 @@
-"""A layer's cache that is divided over devices by rows, heads and slots: each works on what it has of them."""
+"""Layers' caches on a mesh: divided by rows, heads and slots, of which each device works on its own, and by stages."""
 
 import math
 from typing import Any
@@ -8,10 +8,16 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.ops.placement import divides_tokens
+from jaxinfer.ops.placement import divides_tokens, first_entry
 from jaxinfer.sharding.context import Slots
 
 Axes = tuple[str, ...]
+STAGE = "stage"  # the mesh axis that divides layers
+
+
+def staged(spec: PartitionSpec) -> PartitionSpec:
+    """Return how the arrays of all stages lie, one after another along the first axis, that lie so within a stage."""
+    return PartitionSpec((STAGE, *first_entry(spec)), *spec[1:])
 
 
 @nnx.dataclass
@@ -93,9 +99,11 @@ class DividedLayer(nnx.Module):
         held = lambda tree: jax.tree.map(self._held, tree)  # noqa: E731
         passed = lambda tree: jax.tree.map(lambda x: self._passed(x, tokens), tree)  # noqa: E731
         asked = {name: jax.tree.map(lambda _, x=x: self._asked(x), x) for name, x in arrays.items()}
+        manual = jax.sharding.get_abstract_mesh().manual_axes  # those of a stage, inside which this one is
         divided = jax.shard_map(
             call_part,
-            mesh=self.mesh,
+            mesh=None if manual else self.mesh,
+            axis_names=set(self.mesh.axis_names) - set(manual),
             in_specs=(held(self.inner), passed(given), asked),
             out_specs=(passed(y), held(inner)),
             check_vma=False,
@@ -114,3 +122,45 @@ class DividedLayer(nnx.Module):
     def _passed(self, x: Any, tokens: Axes) -> PartitionSpec:
         """Return how what goes in and out lies: `[B, T, heads, H]`, or `[B, ...]`."""
         return PartitionSpec(self.rows, tokens, self.heads) if x.ndim == 4 else PartitionSpec(self.rows)
+
+
+@nnx.dataclass
+class StagedLayer(nnx.Module):
+    """The caches of the layers that have one place in every stage: their rows, those of a stage after another's.
+
+    `stages.run_stages` appends and attends; what is done between steps is done here, by each stage with its own.
+    """
+
+    inner: DividedLayer = nnx.data()
+    mesh: AbstractMesh = nnx.static(kw_only=True)
+
+    @property
+    def exact_rewind(self) -> int | None:
+        """What the cache of each stage has."""
+        return self.inner.exact_rewind
+
+    def rewind(self, length: Int[Array, "B"]) -> "StagedLayer":
+        """Rewind in every stage."""
+        return self._everywhere("rewind", length)
+
+    def keep(self, start: Int[Array, "B"], nodes: Int[Array, "B n"], counts: Int[Array, "B"]) -> "StagedLayer":
+        """Keep the nodes in every stage."""
+        return self._everywhere("keep", start, nodes, counts)
+
+    def take(self, rows: Int[Array, "n"]) -> "StagedLayer":
+        """Copy rows in every stage."""
+        return self._everywhere("take", rows)
+
+    def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "StagedLayer":
+        """Copy rows in every stage."""
+        return self._everywhere("fork", rows, length, room=room)
+
+    def _everywhere(self, method: str, *given: Array, **options: Any) -> "StagedLayer":
+        def call(inner: Any, given: tuple) -> Any:
+            return getattr(inner, method)(*given, **options)
+
+        stages, whole = PartitionSpec(STAGE), PartitionSpec()
+        divided = jax.shard_map(
+            call, mesh=self.mesh, in_specs=(stages, whole), out_specs=stages, axis_names={STAGE}, check_vma=False
+        )
+        return StagedLayer(divided(self.inner, given), mesh=self.mesh)

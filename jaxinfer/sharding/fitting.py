@@ -1,7 +1,7 @@
 """What a mesh asks of a model: sizes that it divides. Key heads that are too few are repeated; the rest is refused."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxinfer.passes.layout.separate import separate
 from jaxinfer.sharding.mesh import show_mesh
 from jaxinfer.sharding.names import axes_of_nodes, names_of
 from jaxinfer.sharding.rules import MUST_DIVIDE
+from jaxinfer.sharding.stages import layer_kinds, unlike
 from jaxinfer.tree import path_of, replace, rewrite, select
 
 _PEOPLE = {
@@ -29,6 +30,7 @@ _PEOPLE = {
     "kv_heads": "key heads",
     "mlp": "the width of the mlp",
     "experts": "experts",
+    "layers": "layers",
 }
 
 _WHOLE = {Kivi: "kv_int4, whose old tokens are in groups of many", Paged: "kv_paged, whose pages are of all rows"}
@@ -75,6 +77,7 @@ def check_fits(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
             f"mesh {show_mesh(sizes)}: {name}={size} ({_PEOPLE[name]}) is not divided by {parts} (rules {rules.name}); "
             + (f"{show_mesh(fitting)} fits" if fitting else "no mesh of as many devices fits")
         )
+    _check_layers(model, sizes, rules)
 
 
 def _check_caches(model: Any, sizes: dict[str, int], rules: Rules) -> None:
@@ -84,14 +87,36 @@ def _check_caches(model: Any, sizes: dict[str, int], rules: Rules) -> None:
     if not axes or not kinds:
         return
     kind = next((what for known, what in _WHOLE.items() if known in kinds), "this model's cache")
-    rest = {"data": 1, **{name: size for name, size in sizes.items() if name not in axes}}
-    fitting = None  # no mesh takes pages
-    if Paged not in kinds:
-        fitting = nearest_mesh(model, {**rest, "data": rest["data"] * math.prod(sizes[a] for a in axes)}, rules)
+    fitting = None if Paged in kinds else mesh_without(axes, model, sizes, rules)  # no mesh takes pages
     raise InputError(
         f"mesh {show_mesh(sizes)}: {kind} is not divided by {show_mesh({a: sizes[a] for a in axes})}: take kv_int8 or "
         "kv_fp8, or leave it out" + (f"; without context {show_mesh(fitting)} fits" if fitting else "")
     )
+
+
+def _check_layers(model: Any, sizes: dict[str, int], rules: Rules) -> None:
+    """Raise InputError where layers are divided into stages that do not have layers of one kind at each place."""
+    kinds = _kinds(model, sizes, rules)
+    axes = rules.mesh_axes("layers", sizes)
+    pair = unlike(kinds, math.prod(sizes[a] for a in axes)) if axes else None
+    if pair is not None:
+        fitting = nearest_mesh(model, sizes, rules)
+        raise InputError(
+            f"mesh {show_mesh(sizes)}: layers {pair[0]} and {pair[1]}, which have one place in two of "
+            f"{show_mesh({a: sizes[a] for a in axes})}, are not of one kind (window, experts, sizes or passes); "
+            + (f"{show_mesh(fitting)} fits" if fitting else "no mesh of as many devices fits")
+        )
+
+
+def _kinds(model: Any, sizes: Mapping[str, int], rules: Rules) -> list[Any]:
+    """Return the layers' kinds where the mesh has stages."""
+    return layer_kinds(model) if rules.mesh_axes("layers", sizes) else []
+
+
+def mesh_without(axes: Sequence[str], model: Any, sizes: Mapping[str, int], rules: Rules) -> dict[str, int] | None:
+    """Return the mesh of as many devices that the model fits, is nearest to the given one, and has none of `axes`."""
+    rest = {"data": 1, **{name: size for name, size in sizes.items() if name not in axes}}
+    return nearest_mesh(model, {**rest, "data": rest["data"] * math.prod(sizes[a] for a in axes)}, rules)
 
 
 def nearest_mesh(model: Any, sizes: Mapping[str, int], rules: Rules) -> dict[str, int] | None:
@@ -102,8 +127,10 @@ def nearest_mesh(model: Any, sizes: Mapping[str, int], rules: Rules) -> dict[str
     def distance(found: Mapping[str, int]) -> float:
         return sum(abs(math.log2(found[n] / sizes.get(n, 1))) for n in names)
 
+    kinds = _kinds(model, sizes, rules)
     for found in sorted((dict(zip(names, f, strict=True)) for f in _factored(count, len(names))), key=distance):
-        if _problem(model, found, rules, _repeats(model, found, rules)) is None:
+        stages = math.prod(found[a] for a in rules.mesh_axes("layers", found))
+        if _problem(model, found, rules, _repeats(model, found, rules)) is None and unlike(kinds, stages) is None:
             return {n: size for n, size in found.items() if size > 1 or n in sizes}
     return None
 
@@ -121,7 +148,7 @@ def _problem(
     model: Any, sizes: Mapping[str, int], rules: Rules, times: int = 1
 ) -> tuple[str, int, tuple[str, ...]] | None:
     """Return the first axis that must be divided and is not: its name, size, and the mesh axes."""
-    for named in axes_of_nodes(model):
+    for named in (*axes_of_nodes(model), (("layers", len(model.layers)),)):
         taken: set[str] = set()
         for name, size in named:
             axes = tuple(a for a in rules.mesh_axes(name, sizes) if a not in taken)

@@ -18,6 +18,7 @@ AXES = {
     "model": "heads, the mlp's width and the vocabulary",
     "expert": "experts, and what `model` divides where there are none",
     "context": "a row's context: the slots of its cache, and the tokens of its prompt",
+    "stage": "layers, in order: hidden states travel from stage to stage",
 }
 
 

@@ -4,17 +4,23 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxinfer.cache.base import Cache
 from jaxinfer.errors import InputError
+from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.placement import Rules, first_entry, placed
-from jaxinfer.sharding.cache import DividedLayer
+from jaxinfer.ops.token_tree import TokenTree
+from jaxinfer.sharding import processes
+from jaxinfer.sharding.cache import STAGE, DividedLayer, StagedLayer
 from jaxinfer.sharding.context import slots_on
+from jaxinfer.sharding.fitting import mesh_without
 from jaxinfer.sharding.mesh import show_mesh
 from jaxinfer.sharding.specs import cache_shardings
+from jaxinfer.sharding.stages import run_stages, stages_on, unstack
 
 
 class OnMesh:
@@ -22,6 +28,11 @@ class OnMesh:
 
     mesh: Mesh
     rules: Rules
+
+    @property
+    def stages(self) -> int:
+        """How many stages the layers are divided into; of several, a node of `layers` is one of each stage."""
+        return stages_on(self.mesh.shape, self.rules)
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
         """Return an empty cache that is divided over the mesh by rows, heads and slots; see `Transformer.init_cache`.
@@ -37,7 +48,11 @@ class OnMesh:
                 f"mesh {show_mesh(self.mesh.shape)}: {whole.pop()} is not divided by {over[0]}; leave it out"
             )
         fields = dict(mesh=self.mesh.abstract_mesh, rows=self._row_axes(batch), heads=heads, slots=over)
-        return self._constrain(Cache(cache.length, [DividedLayer(layer, **fields) for layer in cache.layers]))
+        layers = [DividedLayer(layer, **fields) for layer in cache.layers]
+        if self.stages > 1:
+            each = lambda x: jnp.tile(x, (self.stages, *(1,) * (x.ndim - 1)))  # noqa: E731
+            layers = [StagedLayer(jax.tree.map(each, layer), mesh=self.mesh.abstract_mesh) for layer in layers]
+        return self._constrain(Cache(cache.length, layers))
 
     def __call__(self, tokens: Array, cache: Cache, *args: Any, **options: Any) -> tuple[Array, Cache]:
         """Return what the model returns, traced for the mesh; see `Transformer.__call__`."""
@@ -46,7 +61,13 @@ class OnMesh:
         return self._put_tokens(hidden), self._constrain(cache)
 
     def run_layers(self, x: Array, cache: Cache, *args: Any, **options: Any) -> tuple[Array, Cache, list[Array]]:
-        """Return what the model returns, traced for the mesh; see `Transformer.run_layers`."""
+        """Return what the model returns, traced for the mesh; see `Transformer.run_layers`.
+
+        Raises:
+            InputError: layers are divided into stages, and some of them are asked for.
+        """
+        if self.stages > 1:
+            return self._run_stages(x, cache, *args, **options)
         with placed(self.mesh, self.rules):
             if self.rules.token_axes(x.shape[1], self.mesh.shape):
                 x = self._put_tokens(x)
@@ -57,6 +78,18 @@ class OnMesh:
         """Return next-token scores in float32; the vocabulary is divided as the table is."""
         with placed(self.mesh, self.rules):
             return super().logits(hidden)
+
+    def _run_stages(
+        self, x: Array, cache: Cache, counts: Array, tree: TokenTree | None = None, **some: Any
+    ) -> tuple[Array, Cache, list[Array]]:
+        if some.get("first") or some.get("end") is not None or some.get("after"):
+            raise InputError(
+                f"mesh {show_mesh(self.mesh.shape)}: stage={self.stages} runs all layers, and a drafter or pass asks "
+                "for the output of some: take a drafter that does not, or leave stage out"
+            )
+        with placed(self.mesh, self.rules):
+            x, cache = run_stages(self.layers, x, cache, counts, tree, self.mesh.abstract_mesh, self.rules)
+        return self._put_tokens(x), self._constrain(cache), []
 
     def _row_axes(self, batch: int) -> tuple[str, ...]:
         return first_entry(self.rules.spec(("batch",), (batch,), self.mesh.shape))
@@ -82,3 +115,35 @@ def on_mesh(kind: type) -> type:
         "__annotations__": {"mesh": Mesh, "rules": Rules},
     }
     return nnx.dataclass(type(f"Sharded{kind.__name__}", (OnMesh, kind), {**fields, **about}))
+
+
+def off_stages(model: Transformer) -> Transformer:
+    """Return a model in stages as the one that it was before it was on the mesh, each layer on its stage's devices.
+
+    Any other model is given back.
+    """
+    if not isinstance(model, OnMesh) or model.stages == 1:
+        return model
+    kind = type(model).__bases__[1]
+    fields = {name: getattr(model, name) for name in kind.__dataclass_fields__}
+    return kind(**{**fields, "layers": unstack(model.layers, model.mesh)})
+
+
+def check_stages(model: OnMesh) -> None:
+    """Raise InputError where a mesh divides layers in order and the model decides by itself which of them run.
+
+    Nor may the devices be of several processes: two of them were seen to wait for each other without end.
+    """
+    kind = type(model).__bases__[1]
+    if model.stages > 1 and processes.count() > 1:
+        raise InputError(
+            f"mesh {show_mesh(model.mesh.shape)}: stage={model.stages} is for the devices of one process, and there "
+            f"are {processes.count()}; leave stage out"
+        )
+    if model.stages > 1 and kind.run_layers is not Transformer.run_layers:
+        fitting = mesh_without((STAGE,), model, dict(model.mesh.shape), model.rules)
+        raise InputError(
+            f"mesh {show_mesh(model.mesh.shape)}: {kind.__name__} decides which layers run, and stage={model.stages} "
+            "divides them in order: leave one of the two out"
+            + (f"; without stage {show_mesh(fitting)} fits" if fitting else "")
+        )

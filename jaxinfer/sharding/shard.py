@@ -1,6 +1,7 @@
 """The pass that puts a program on a mesh: what it computes stays, and `generate`, `Session` and the rest run it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +16,11 @@ from jaxinfer.program import Program
 from jaxinfer.sharding.experts import DividedMoE
 from jaxinfer.sharding.fitting import fit
 from jaxinfer.sharding.mesh import make_mesh, parse_mesh
-from jaxinfer.sharding.model import OnMesh, on_mesh
+from jaxinfer.sharding.model import OnMesh, check_stages, off_stages, on_mesh
 from jaxinfer.sharding.rules import DEFAULT, RULES
 from jaxinfer.sharding.specs import model_shardings, model_specs
-from jaxinfer.tree import rewrite, select
+from jaxinfer.sharding.stages import leaf_mesh, stack
+from jaxinfer.tree import path_of, replace, rewrite, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,12 @@ class Shard:
 
     def shapes(self, model: Any) -> Any:
         """Return a tree of shapes with the sharding of each leaf, as it is: what the mesh does not divide is whole."""
-        specs = model_specs(model, dict(self.mesh.shape), self.rules)
-        leaves = [put_leaf(x, NamedSharding(self.mesh, s)) for x, s in zip(jax.tree.leaves(model), specs, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(model), leaves)
+        specs, layers = iter(model_specs(model, dict(self.mesh.shape), self.rules)), len(model.layers)
+
+        def place(keys: tuple, leaf: Any) -> Any:
+            return put_leaf(leaf, NamedSharding(leaf_mesh(path_of(keys), layers, self.mesh, self.rules), next(specs)))
+
+        return jax.tree_util.tree_map_with_path(place, model)
 
 
 def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Shard:
@@ -59,10 +64,21 @@ def shard(mesh: Mesh | str, rules: Rules | str = DEFAULT) -> Shard:
     return Shard(mesh, find_rules(rules) if isinstance(rules, str) else rules)
 
 
-def settle(program: Program) -> Program:
-    """Return a program on a mesh with every array where its rules say, after a pass; any other one as it is."""
+def through_mesh(change: Callable[[Program], Program], program: Program, runs: bool) -> Program:
+    """Return what a change makes of a program, on the mesh where it is, if any, with every array where its rules say.
+
+    Layers in stages are changed one by one, each on its stage's devices. Where the change `runs` them, one after
+    another on the same devices, every device has for that time its part of all layers, and not of its stage's alone.
+    """
     model = program.model
-    return Shard(model.mesh, model.rules)(program) if isinstance(model, OnMesh) else program
+    if not isinstance(model, OnMesh):
+        return change(program)
+    place = Shard(model.mesh, model.rules)
+    if model.stages > 1:
+        model, rules = off_stages(model), place.rules
+        whole = dataclasses.replace(rules, table=tuple(entry for entry in rules.table if entry[0] != "layers"))
+        program = program.replace(model=put(model, place.mesh, whole) if runs else model)
+    return place(change(program))
 
 
 def find_rules(name: str) -> Rules:
@@ -77,16 +93,23 @@ def find_rules(name: str) -> Rules:
 
 
 def put(model: Transformer, mesh: Mesh, rules: Rules) -> Transformer:
-    """Return the model on the mesh, in the form that the mesh divides."""
+    """Return the model on the mesh, in the form that the mesh divides; one in stages is taken out of them before."""
+    model = off_stages(model)
     if any(getattr(node.cache, "page", None) for node in select(model, Attention).values()):
         raise InputError("kv_paged on a mesh: pages of all rows are one pool, which is not divided; leave it out")
     fields = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
     model = on_mesh(type(model))(**{**fields, "mesh": mesh, "rules": rules})
     model = jax.tree.map(_in_host_memory, model)
+    check_stages(model)
     model = fit(model, mesh, rules)
     if select(model, MoE):
         model = rewrite(model, MoE, ".*", _divide_experts)
-    return jax.tree.map(put_leaf, model, model_shardings(model, mesh, rules))
+    shardings = model_shardings(model, mesh, rules)
+    if model.stages == 1:
+        return jax.tree.map(put_leaf, model, shardings)
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings.layers)]
+    layers, rest = stack(model.layers, specs, mesh, put_leaf), replace(model, layers=[])
+    return replace(jax.tree.map(put_leaf, rest, replace(shardings, layers=[])), layers=layers)
 
 
 def put_leaf(leaf: Any, sharding: NamedSharding) -> Any:

@@ -9,13 +9,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.ops.placement import Rules
 from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, is_quantized
+from jaxinfer.sharding.cache import StagedLayer, staged
 from jaxinfer.sharding.fitting import check_fits
 from jaxinfer.sharding.names import names_of, owner
+from jaxinfer.sharding.stages import leaf_mesh, stages_on
 from jaxinfer.tree import path_of
 
 
 def model_shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
-    """Return the model's tree with a NamedSharding for each leaf; shapes are enough.
+    """Return the model's tree with a NamedSharding for each leaf, within its stage; shapes are enough.
 
     A kernel's axes have their names on its node. Scales, offsets, packed values and whatever else a pass keeps beside
     it get the names of the axes that they share, by their shapes; what shares none lies whole on every device.
@@ -29,7 +31,7 @@ def model_shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
 
 
 def model_specs(model: Any, sizes: Mapping[str, int], rules: Rules) -> list[PartitionSpec]:
-    """Return the spec of each leaf, in the order of `jax.tree.leaves`."""
+    """Return the spec of each leaf within its stage, in the order of `jax.tree.leaves`."""
     specs = []
     for keys, leaf in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)[0]:
         node, field = owner(model, keys)
@@ -39,25 +41,38 @@ def model_specs(model: Any, sizes: Mapping[str, int], rules: Rules) -> list[Part
     return specs
 
 
-def sharding_of(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Callable[[str, Any], NamedSharding]:
+def sharding_of(model: Any, mesh: Mesh, rules: Rules) -> Callable[[str, Any], NamedSharding]:
     """Return where `checkpoint.assemble` is to put an array, by its leaf's path and its shape.
 
-    The model need not fit the mesh: what is not divided is whole, until `shard` has made it fit.
+    The model need not fit the mesh: what is not divided is whole, until `shard` has made it fit. A layer's arrays go to
+    the devices of its stage, and to no other.
     """
     whole = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_quantized)[0]
     parts = [(path_of(keys), part.shape) for keys, leaf in whole for part in jax.tree.leaves(leaf)]
     specs = dict(zip(parts, model_specs(model, dict(mesh.shape), rules), strict=True))
-    return lambda path, shape: NamedSharding(mesh, specs[path, shape.shape])
+    layers = len(model.layers)
+    return lambda path, shape: NamedSharding(leaf_mesh(path, layers, mesh, rules), specs[path, shape.shape])
 
 
 def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """Return the cache's tree with a NamedSharding for each leaf; shapes are enough.
 
     Every array of a cache is `[B, K, ...]`, or `[B]`: rows, then heads (or the runs of channels of a head). The third
-    axis is the slots where a context is divided, which the kinds of cache that have others refuse.
+    axis is the slots where a context is divided, which the kinds of cache that have others refuse. Of layers in stages
+    the rows of each stage follow one another.
     """
     sizes = dict(mesh.shape)
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, cache_spec(leaf.shape, sizes, rules)), cache)
+
+    def lie(node: Any) -> Any:
+        stages = stages_on(sizes, rules) if isinstance(node, StagedLayer) else 1
+
+        def place(leaf: Any) -> NamedSharding:
+            spec = cache_spec((leaf.shape[0] // stages, *leaf.shape[1:]), sizes, rules)
+            return NamedSharding(mesh, staged(spec) if stages > 1 else spec)
+
+        return jax.tree.map(place, node)
+
+    return jax.tree.map(lie, cache, is_leaf=lambda node: isinstance(node, StagedLayer))
 
 
 def cache_spec(shape: Sequence[int], sizes: Mapping[str, int], rules: Rules) -> PartitionSpec:

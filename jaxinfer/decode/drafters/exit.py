@@ -42,8 +42,8 @@ class Exit(nnx.Module):
         Raises:
             InputError: the model has no layer beyond the exit.
         """
-        if self.layers >= len(model.layers):
-            raise InputError(f"layers={self.layers}: must be below the model's {len(model.layers)}")
+        if self.layers >= model.config.num_layers:
+            raise InputError(f"layers={self.layers}: must be below the model's {model.config.num_layers}")
 
     def propose(
         self,
