@@ -23,6 +23,7 @@ from jaxinfer.plan import hlo
 from jaxinfer.program import Program
 from jaxinfer.session import Session
 from jaxinfer.sharding.fitting import unfit
+from jaxinfer.sharding.mesh import make_mesh
 from jaxinfer.sharding.model import off_stages
 from jaxinfer.sharding.rules import DEFAULT, RULES, Rules
 from jaxinfer.sharding.shard import shard
@@ -221,7 +222,8 @@ def files(scratch: Path) -> dict:
     matrices = [x for x in jax.tree.leaves(loaded.model.layers) if x.ndim > 2]
     program = ji.apply(loaded, "int8")
     path = ji.save(program, scratch / "stages")
-    others = [ji.load(path), ji.load(path, mesh="data=4,model=2"), ji.load(path, mesh="stage=2,model=4")]
+    two = make_mesh({"stage": 2}, jax.devices()[:2])  # a device a stage
+    others = [ji.load(path, mesh=mesh) for mesh in (None, "data=4,model=2", "stage=2,model=4", two)]
     back = ji.load(ji.save(plain, scratch / "alone"), mesh=TWO)
     return {
         "read_to": sorted({len(where(path, x).device_set) for path, x in leaves(shapes).items()}),

@@ -119,7 +119,7 @@ def test_passes_of_a_program_in_stages_give_what_they_give_on_one_device():
 
 def test_checkpoints_go_to_their_stages_and_from_stages_to_any_mesh(tmp_path):
     (line,) = lines("mesh_stages.py", str(tmp_path))
-    assert line["same"] == [True] * 4 and line["stages"] == [2, 1, 1, 2, 2] and line["largest"] < 1e-4, line
+    assert line["same"] == [True] * 5 and line["stages"] == [2, 1, 1, 2, 2, 2] and line["largest"] < 1e-4, line
     assert line["read_to"] == [4, 8] and line["parts"] == [4.0], line  # a layer to its stage, the embedding to all
 
 
@@ -131,7 +131,7 @@ def test_what_needs_some_of_the_layers_is_refused():
     for name, kind in {"early_exit": "EarlyExit", "skip_decode": "ByPosition"}.items():
         assert said[name].startswith(mesh + f"{kind} decides which layers run, and stage=2 divides them in order")
         assert said[name].endswith("; without stage data=4,model=2 fits")
-    assert said["skip_layers"].startswith(mesh + "layers=3 (layers) is not divided by stage=2")
+    assert said["skip_layers"].startswith(mesh + "layers=3 (each stage has as many) is not divided by stage=2")
     assert len(said) == 5 and all(len(text.splitlines()) == 1 for text in said.values())
 
 

@@ -30,7 +30,7 @@ _PEOPLE = {
     "kv_heads": "key heads",
     "mlp": "the width of the mlp",
     "experts": "experts",
-    "layers": "layers",
+    "layers": "each stage has as many",
 }
 
 _WHOLE = {Kivi: "kv_int4, whose old tokens are in groups of many", Paged: "kv_paged, whose pages are of all rows"}

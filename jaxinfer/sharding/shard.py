@@ -128,7 +128,7 @@ def _in_host_memory(leaf: Any) -> Any:
     """Return the array of a CPU as numpy sees it: to cut that takes no copy and no compiled function."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or len(leaf.sharding.device_set) > 1:
         return leaf
-    return np.asarray(leaf) if leaf.sharding.device_set.pop().platform == "cpu" else leaf
+    return np.asarray(leaf) if next(iter(leaf.sharding.device_set)).platform == "cpu" else leaf
 
 
 def _divide_experts(node: MoE) -> DividedMoE:
