@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from jaxinfer.sharding.mesh import THREADS_EACH
+
 ROOT = Path(__file__).resolve().parent.parent
 # Quick to compile: what is asked is whether many devices compute what one does.
 FLAGS = "--xla_backend_optimization_level=0"
@@ -16,6 +18,7 @@ FLAGS = "--xla_backend_optimization_level=0"
 def lines(script: str, *arguments: str) -> list[dict]:
     """Return the lines of JSON that a script of this folder prints."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env["NPROC"] = str(8 * THREADS_EACH)  # as `simulate_devices` has it
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / script), *arguments],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800,

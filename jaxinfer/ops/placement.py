@@ -58,7 +58,7 @@ def divides_tokens(tokens: int, ways: int) -> bool:
     return ways > 1 and tokens % ways == 0 and tokens // ways >= TOKENS_EACH
 
 
-def first_entry(spec: Sequence[str | tuple[str, ...] | None]) -> tuple[str, ...]:
+def first_entry(spec: PartitionSpec | Sequence[str | tuple[str, ...] | None]) -> tuple[str, ...]:
     """Return the mesh axes that divide the first axis of an array."""
     entry = spec[0] if len(spec) else None
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

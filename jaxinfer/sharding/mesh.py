@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.sharding import processes
 
+THREADS_EACH = 4  # of XLA for each device that is simulated
 AXES = {
     "data": "rows of the batch",
     "fsdp": "rows of the batch, and the weights along embed: gathered, or their products summed, where they are used",
@@ -71,8 +72,13 @@ def simulate_devices(sizes: Mapping[str, int]) -> None:
     """Let a CPU, if JAX has not begun yet, be as many devices as the mesh takes; other platforms stay as they are."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    count = max(1, math.prod(sizes.values()) // processes.count())
+    if count > 1:
+        # Exchanges between devices wait in XLA's threads, by default one a device, and where two are on their way with
+        # few processors they were seen to hold all of them and wait for each other without end.
+        os.environ.setdefault("NPROC", str(THREADS_EACH * count))
     with contextlib.suppress(RuntimeError):  # too late: then what there is must do
-        jax.config.update("jax_num_cpu_devices", max(1, math.prod(sizes.values()) // processes.count()))
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _scaled(sizes: Mapping[str, int], count: int) -> dict[str, int]:
