@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.moe import MoE
@@ -92,7 +92,7 @@ def find_rules(name: str) -> Rules:
     return RULES[name]
 
 
-def put(model: Transformer, mesh: Mesh, rules: Rules) -> Transformer:
+def put(model: Transformer, mesh: Mesh | AbstractMesh, rules: Rules) -> Transformer:
     """Return the model on the mesh, in the form that the mesh divides; one in stages is taken out of them before."""
     model = off_stages(model)
     if any(getattr(node.cache, "page", None) for node in select(model, Attention).values()):
