@@ -97,7 +97,7 @@ def test_the_learned_model_is_the_same_function(changes):
 
 @pytest.mark.optimized
 def test_learning_lowers_the_loss_of_the_rounded_model():
-    """On a model that was trained and its own text; the mean of eight starts, as one is a gamble: they are 0.04 apart."""
+    """On a model that was trained and its own text; the mean of eight starts, as one is a gamble (0.04 apart)."""
     program = load(stories_path())
     rows = [program.tokenizer.encode("Once upon a time")] * 4
     tokens = generate(program, rows, max_new_tokens=80, temperature=1.0, stop_ids=()).tokens
