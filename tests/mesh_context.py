@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from mesh_laws import compiled_step
 from models import random_program, tiny_config
 
 import jaxinfer as ji
@@ -19,7 +20,6 @@ from jaxinfer.plan import hlo
 from jaxinfer.program import Program
 from jaxinfer.session import Session
 from jaxinfer.sharding.shard import shard
-from jaxinfer.sharding.specs import cache_shardings
 
 MESH, BATCH, SLOTS, TOKENS = "context=4,model=2", 2, 128, 104
 COUNTS = (104, 61)
@@ -67,13 +67,7 @@ def talk(program: Program) -> list[list[int]]:
 
 def collectives(program: Program, tokens: int) -> dict[str, Any]:
     """Return what a compiled step of many rows moves, as kinds, bytes and counts, and its FLOPs."""
-    model, rows = shard(MESH)(program).model, 8
-    cache = jax.eval_shape(lambda: model.init_cache(rows, 1024))
-    lies = cache_shardings(cache, model.mesh, model.rules)
-    cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, lies)
-    fed = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((rows, tokens), (rows,))]
-    run = jax.jit(lambda model, *args: model(*args), donate_argnums=2)
-    compiled = run.lower(model, fed[0], cache, fed[1]).compile()
+    compiled, cache = compiled_step(shard(MESH)(program).model, 8, tokens, 1024)
     found = hlo.read(compiled.as_text()).collectives
     return {
         "tokens": tokens, "moved": [[c.kind, c.bytes, n] for c, n in found.items()],

@@ -17,6 +17,7 @@ from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.program import Program
 from jaxinfer.sharding.rules import DEFAULT
 from jaxinfer.sharding.shard import shard
+from jaxinfer.sharding.specs import cache_shardings
 from jaxinfer.tree import leaves
 
 MESHES = {
@@ -125,6 +126,16 @@ def decoders() -> Iterator[dict]:
             yield {"decoder": name, "mesh": mesh, "same": bool((got.tokens == want.tokens).all())}
     values = [ji.perplexity(p, ids, 64, batch_size=2) for p in (program, shard(MESHES["dense"][0])(program))]
     yield {"perplexity": values}
+
+
+def compiled_step(model: Any, rows: int, tokens: int, slots: int) -> tuple[Any, Any]:
+    """Return a step of a model on a mesh, compiled, and the shapes of its cache, which it changes in place."""
+    cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
+    lies = cache_shardings(cache, model.mesh, model.rules)
+    cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, lies)
+    fed = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((rows, tokens), (rows,))]
+    run = jax.jit(lambda model, *args: model(*args), donate_argnums=2)
+    return run.lower(model, fed[0], cache, fed[1]).compile(), cache
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mesh_laws import SHAPE, base, calibration, logits, on_meshes
+from mesh_laws import SHAPE, base, calibration, compiled_step, logits, on_meshes
 from models import GOLDENS, random_program, tiny_config, tiny_moe
 
 import jaxinfer as ji
@@ -27,7 +27,7 @@ from jaxinfer.sharding.mesh import make_mesh
 from jaxinfer.sharding.model import off_stages
 from jaxinfer.sharding.rules import DEFAULT, RULES, Rules
 from jaxinfer.sharding.shard import shard
-from jaxinfer.sharding.specs import cache_shardings, sharding_of
+from jaxinfer.sharding.specs import sharding_of
 from jaxinfer.sharding.stages import pieces_of
 from jaxinfer.tree import leaves
 
@@ -174,13 +174,8 @@ def held() -> dict:
 
 def collectives(tokens: int, mesh: str) -> dict[str, Any]:
     """Return what a compiled step of many rows moves, as kinds, bytes and counts, and the bytes beside."""
-    model, rows = shard(mesh)(base("dense", 4)).model, 8
-    cache = jax.eval_shape(lambda: model.init_cache(rows, 4096))
-    lies = cache_shardings(cache, model.mesh, model.rules)
-    cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, lies)
-    fed = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((rows, tokens), (rows,))]
-    run = jax.jit(lambda model, *args: model(*args), donate_argnums=2)
-    compiled = run.lower(model, fed[0], cache, fed[1]).compile()
+    model = shard(mesh)(base("dense", 4)).model
+    compiled, cache = compiled_step(model, 8, tokens, 4096)
     moved = hlo.read(compiled.as_text()).collectives
     return {
         "tokens": tokens, "mesh": mesh, "moved": sorted([c.kind, c.bytes, n] for c, n in moved.items()),

@@ -119,7 +119,8 @@ def test_pages_are_not_divided():
 def check_law(line: dict) -> None:
     """Assert the logits of one device, and that each of eight has its part of the weights and of the cache."""
     rounds = line["name"] in PASSES and PASSES[line["name"]].about.rounds_activations
-    assert line["largest"] < (0.05 if rounds or line["name"] == "kv_fp8" else 1e-4), line
+    few = line["name"] in ("kv_int8", "kv_int4")  # of whose roundings none is so close here that a last bit decides
+    assert line["largest"] < (0.05 if rounds and not few else 1e-4), line
     assert line["median"] < 1e-5, line  # where activations are rounded a last bit decides over a step now and then
     rows_heads_slots = {
         "data=2,model=4": 2 * 4,
