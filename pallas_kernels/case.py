@@ -26,6 +26,7 @@ class Case:
     races: bool = False  # is tested for races too: small, and of a kind of its own
     donated: tuple[str, ...] = ()  # names of what the call changes in place
     blocks: Mapping[str, int] | None = None  # of a test; what is timed takes the tuned ones
+    gpu_blocks: Mapping[str, int] | None = None  # the same for a GPU
     spoil: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
@@ -68,3 +69,6 @@ class Kernel:
     shape_class: Callable[..., dict[str, int | str]]  # (**inputs, **options): the key of the tuned table
     peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)  # others' kernels, same arguments
     peer_bytes: Mapping[str, Callable[[Case], float]] = dataclasses.field(default_factory=dict)  # where they read more
+    gpu: Callable[..., Any] | None = None  # as `tpu`, for a Hopper GPU
+    gpu_candidates: Callable[[Case], Sequence[dict[str, int]]] | None = None  # blocks worth trying there
+    gpu_peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)

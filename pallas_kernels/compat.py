@@ -10,6 +10,7 @@ ANY = pltpu.HBM  # left where it is
 VMEM = pltpu.VMEM
 SMEM = pltpu.SMEM
 assumed_chip = jax.make_user_context(None)  # part of the key of every traced function
+assumed_gpu = jax.make_user_context(None)
 
 
 def dma_semaphores(*shape: int) -> Any:
