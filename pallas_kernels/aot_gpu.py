@@ -85,7 +85,7 @@ def compile_cases(names: list[str], cases: list[str] | None, timed: bool, dump: 
                 continue
             line: dict[str, Any] = {"kernel": name, "case": case.name}
             try:
-                line |= compile_case(found, case, dump)
+                line |= compile_case(found, case.narrowed(), dump)
             except NotImplementedError as error:
                 line["unsupported"] = str(error)
             except Exception as error:  # whatever the compiler says is the answer

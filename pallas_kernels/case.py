@@ -29,10 +29,28 @@ class Case:
     gpu_blocks: Mapping[str, int] | None = None  # the same for a GPU
     spoil: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
+    def narrowed(self) -> "Case":
+        """Return the case with bfloat16 where it has float32 numbers: a GPU's matrix units take no wider ones."""
+        return dataclasses.replace(self, shapes=_narrowed(self.shapes))
+
     def inputs(self, seed: int = 0) -> dict[str, Any]:
         """Return arrays: normal numbers, whole-range integers, and small positive numbers for scales and grids."""
         rng = np.random.default_rng(seed)
         return _inputs(rng, self.shapes)
+
+
+def _narrowed(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, Mapping):
+            found[name] = _narrowed(shape)
+        elif shape.dtype != jnp.float32 or any(word in name for word in ("scale", "grid", "offset")):
+            found[name] = shape
+        elif isinstance(shape, np.ndarray):
+            found[name] = shape.astype(jnp.bfloat16)
+        else:
+            found[name] = jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16)
+    return found
 
 
 def _inputs(rng: np.random.Generator, shapes: Mapping[str, Any]) -> dict[str, Any]:
