@@ -1,5 +1,6 @@
-"""Time the kernels, each case beside others' kernels for the same work. With no TPU: by static estimates.
+"""Time the kernels, each case beside others' kernels for the same work. For TPUs by static estimates, with no TPU.
 
+    python scripts/bench_kernels.py --gpu [--kernels ...] [--cases ...] [--out gpu.jsonl]    on a Hopper GPU that is here
     python scripts/bench_kernels.py --tpu-static v5e,v6e [--kernels ...] [--cases ...] [--out kernels.jsonl]
     python scripts/bench_kernels.py --table kernels.jsonl [--cases ...]   the lines of such a run as a table
     python scripts/bench_kernels.py --budget kernels.jsonl       its cycles as the budget that the tests hold
@@ -8,6 +9,9 @@ Prints one JSON line a case, chip and implementation: simulated cycles; the pred
 simulated time and that of the bytes and products; its share of the bandwidth and of the MXU's peak; VMEM, registers
 spilled, and the share of the cycles that wait for a copy. Needs libtpu: pip install -e ".[test]". A run that was
 stopped goes on where it was, with the same --out.
+
+With --gpu the cases are first checked against their references on the device (--check: only that, --no-check: not),
+and then timed beside the copy bandwidth and the matmul rate measured in that run; --tune tries all candidate blocks.
 """
 
 import argparse
@@ -100,6 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tpu-static", default=None, metavar="CHIPS", help=f"of {', '.join(chips.CHIPS)}")
+    parser.add_argument("--gpu", action="store_true", help="check and time the cases on the GPU that is here")
+    parser.add_argument("--check", action="store_true", help="with --gpu: check, and time nothing")
+    parser.add_argument("--no-check", action="store_true", help="with --gpu: time, and check nothing")
+    parser.add_argument("--tune", action="store_true", help="with --gpu: try every candidate's blocks too")
     parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--cases", default=None, help="default: every timed case")
     parser.add_argument("--no-peers", action="store_true", help="our kernels alone")
@@ -115,12 +123,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.budget:
             BUDGET.write_text(budget(read(args.budget)))
         return
-    if args.tpu_static is None:
-        parser.error("nothing to do: --tpu-static CHIPS, --table FILE or --budget FILE")
-    for name, known in ((args.kernels, KERNELS), (args.tpu_static, chips.CHIPS)):
+    if args.tpu_static is None and not args.gpu:
+        parser.error("nothing to do: --tpu-static CHIPS, --gpu, --table FILE or --budget FILE")
+    for name, known in ((args.kernels, KERNELS), (args.tpu_static or "v5e", chips.CHIPS)):
         unknown = [x for x in name.split(",") if x not in known]
         if unknown:
             parser.error(f"{unknown[0]!r}: must be of {', '.join(known)}")
+    if args.gpu:
+        from pallas_kernels import gpu_bench
+
+        sys.exit(gpu_bench.main(args))
     done = {tuple(line[k] for k in KEY) for line in read(args.out)} if args.out else set()
     cases = args.cases.split(",") if args.cases else None
     todo = jobs(args.kernels.split(","), args.tpu_static.split(","), cases, not args.no_peers)

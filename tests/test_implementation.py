@@ -12,9 +12,9 @@ from jaxinfer.ops.attention import Scaled, attention
 from jaxinfer.ops.einsum import einsum
 from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8
 from jaxinfer.ops.implementation import choose
+from jaxinfer.ops.kernel_attention import kernel_attention
+from jaxinfer.ops.kernel_einsum import kernel_product, worth
 from jaxinfer.ops.online_attention import online_attention
-from jaxinfer.ops.tpu_attention import tpu_attention
-from jaxinfer.ops.tpu_einsum import tpu_product, worth
 from jaxinfer.passes.quantization.rounding import round_to_nearest
 from pallas_kernels import chips
 
@@ -32,7 +32,7 @@ def refuse(*_):
 def test_what_is_named_is_run_or_says_why_not():
     x = jnp.ones(2)
     assert choose("xla", refuse, jnp.sum, x) == 2
-    with pytest.raises(NotImplementedError, match="the kernels are for TPUs, and the target is 'cpu'"):
+    with pytest.raises(NotImplementedError, match="the kernels are for TPUs and Hopper GPUs, and the target is 'cpu'"):
         choose("pallas", jnp.sum, jnp.sum, x)
     with pytest.raises(ValueError, match="implementation='mosaic': must be"):
         choose("mosaic", jnp.sum, jnp.sum, x)
@@ -86,7 +86,7 @@ def test_attention_means_the_same(T, window, softcap):
     positions = jnp.asarray(np.where(np.arange(T) < counts[:, None], positions, -1), jnp.int32)
     options = dict(scale=0.2, window=window, softcap=softcap)
     blocks = DECODE if T <= 8 else {"queries": 32, "slots": 128, "rows": 16, "buffers": 2}
-    found = tpu_attention(q, k, v, positions, blocks=blocks, interpret=True, **options)
+    found = kernel_attention(q, k, v, positions, blocks=blocks, interpret=True, **options)
     expected = attention(q, k, v, positions, implementation="xla", **options)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[positions >= 0], expected[positions >= 0], atol=3e-6)
@@ -97,7 +97,7 @@ def test_attention_over_codes_means_the_same(qtype):
     q, positions = draw(0, 2, 1, 4, 128), jnp.array([[200], [3]])
     k, v = (quantize(draw(seed, 2, 2, 256, 128), qtype) for seed in (1, 2))
     options = dict(scale=0.2, window=None, softcap=None)
-    found = tpu_attention(
+    found = kernel_attention(
         q, k.values, v.values, positions, k_scale=k.scale, v_scale=v.scale, blocks=DECODE, interpret=True, **options
     )
     expected = online_attention(q, Scaled(*k), Scaled(*v), positions, implementation="xla", **options)
@@ -109,7 +109,7 @@ def test_quantized_products_mean_the_same(qtype, group):
     x, weight = draw(0, 2, 3, 128), draw(1, 4, 24, 128)
     kernel = round_to_nearest(weight, 1, qtype, group)
     blocks = {"rows": 64, "outputs": 128, "copies": 2, "lanes": 128}
-    found = tpu_product(x.reshape(6, 128), kernel, first=False, blocks=blocks, interpret=True)
+    found = kernel_product(x.reshape(6, 128), kernel, first=False, blocks=blocks, interpret=True)
     expected = einsum("btd,nhd->btnh", x, kernel, implementation="xla")
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=2e-5)
 

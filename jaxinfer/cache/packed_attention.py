@@ -11,9 +11,9 @@ from jaxinfer.cache.packed_pages import PackedPages
 from jaxinfer.ops.attention import by_query_blocks, group_heads, share, visible
 from jaxinfer.ops.attention_parts import Part, as_part, as_share
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.kernel_attention import DECODE_TOKENS
 from jaxinfer.ops.online_attention import SLOT_BLOCK, merge, shares_of_blocks
-from jaxinfer.ops.tpu_attention import DECODE_TOKENS
-from pallas_kernels import kivi_attention, kivi_prefill_attention, paged_kivi_attention
+from pallas_kernels import kivi_attention, kivi_prefill_attention, paged_kivi_attention, targets
 
 
 def packed_attention(
@@ -56,14 +56,16 @@ def _by_kernel(q, groups, positions, *, consecutive, residual, **options: Any) -
     options |= dict(group=G, position=positions[:, 0], return_lse=True)
     if T > DECODE_TOKENS:
         arrays = _arrays(groups.rows())
-        out, lse = kivi_prefill_attention.tpu(q, *arrays, boundary.max(axis=1), residual=residual, **options)
+        out, lse = targets.kernel(kivi_prefill_attention)(
+            q, *arrays, boundary.max(axis=1), residual=residual, **options
+        )
         return out.astype(jnp.float32), lse
     # Padding comes last, so the first query's boundary is that of no other one's padding.
     if isinstance(groups, PackedPages):
         arrays = (groups.codes, groups.key_grids, groups.value_grids, groups.table)
-        out, lse = paged_kivi_attention.tpu(q, *arrays, boundary[:, 0], **options)
+        out, lse = targets.kernel(paged_kivi_attention)(q, *arrays, boundary[:, 0], **options)
     else:
-        out, lse = kivi_attention.tpu(q, *_arrays(groups), boundary[:, 0], **options)
+        out, lse = targets.kernel(kivi_attention)(q, *_arrays(groups), boundary[:, 0], **options)
     out = out.astype(jnp.float32)
     if T == 1:
         return out, lse

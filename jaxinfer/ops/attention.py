@@ -12,8 +12,8 @@ from jaxinfer.errors import InputError
 from jaxinfer.ops.cpu_attention import on_cpu
 from jaxinfer.ops.heads import group_heads, join_heads
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.kernel_attention import kernel_attention
 from jaxinfer.ops.token_tree import TokenTree, last_slot, tree_visible
-from jaxinfer.ops.tpu_attention import tpu_attention
 
 MASKED = -1e30  # finite, so that padding, which sees nothing, gives numbers and not NaN
 QUERY_BLOCK = 256  # query tokens scored together in a prefill: bounds the score matrix to [N, 256, live slots]
@@ -56,7 +56,7 @@ def attention(
     options = dict(scale=scale, window=window, softcap=softcap)
 
     def pallas(q, k, v, positions, tree):
-        return tpu_attention(q, k, v, positions, tree=tree, **options)
+        return kernel_attention(q, k, v, positions, tree=tree, **options)
 
     def xla(q, k, v, positions, tree):
         check_tree(q, tree)

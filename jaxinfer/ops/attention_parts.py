@@ -5,9 +5,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.ops.attention import MASKED, Scaled, Share, by_query_blocks, check_tree
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.kernel_attention import kernel_attention
 from jaxinfer.ops.online_attention import shares_of_slots
 from jaxinfer.ops.token_tree import TokenTree
-from jaxinfer.ops.tpu_attention import tpu_attention
 
 Part = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # attention over some slots, its log-sum-exp: float32
 
@@ -42,7 +42,7 @@ def attention_part(
         if isinstance(k, Scaled):
             (k, scales["k_scale"]), (v, scales["v_scale"]) = k, v
         # To the kernels the slots begin at 0, padding stays below all else, and what is past the end sees all.
-        out, lse = tpu_attention(q, k, v, positions - first_slot, return_lse=True, **scales, **options)
+        out, lse = kernel_attention(q, k, v, positions - first_slot, return_lse=True, **scales, **options)
         return out.astype(jnp.float32), jnp.maximum(lse, MASKED)
 
     def xla(q, k, v, positions, first_slot, tree):

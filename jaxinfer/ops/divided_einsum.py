@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxinfer.ops.implementation import Implementation
 from jaxinfer.ops.placement import Names, Rules, current_rules, first_entry, free_axes
 from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, Quantized
-from pallas_kernels import chips
+from pallas_kernels import targets
 
 
 def divided(
@@ -34,7 +34,7 @@ def divided(
     Raises:
         NotImplementedError: "pallas" is named, and groups or the tiles that share a scale would be cut.
     """
-    if axes is not None and implementation != "xla" and free_axes() and chips.target() is not None:
+    if axes is not None and implementation != "xla" and free_axes() and targets.platform() is not None:
         try:
             return _divide(product, eq, x, kernel, axes, group)
         except NotImplementedError:

@@ -13,9 +13,9 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxinfer.ops import cpu_kernels
 from jaxinfer.ops.divided_einsum import divided, over_tokens
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.kernel_einsum import kernel_product, worth
 from jaxinfer.ops.placement import Names, free_axes
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize, is_quantized
-from jaxinfer.ops.tpu_einsum import tpu_product, worth
 
 _FEW_ROWS = 16  # up to which float x code is faster row by row than after making the weight float
 
@@ -45,7 +45,7 @@ def einsum(
     rows, out_shape = flatten(eq, x, kernel.shape)
     if is_quantized(kernel):
         first = inputs_first(eq)
-        pallas = functools.partial(tpu_product, first=first)
+        pallas = functools.partial(kernel_product, first=first)
         implementation = worth(implementation, rows, kernel)
         y = choose(implementation, pallas, lambda x, w: _weight_only(x, w, first).astype(x.dtype), rows, kernel)
     elif implementation == "pallas":

@@ -12,10 +12,10 @@ from jaxinfer.ops import cpu_kernels
 from jaxinfer.ops.divided_einsum import divided
 from jaxinfer.ops.einsum import dot, flatten, inputs_first, on_cpu
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.kernel_einsum import kernel_product, worth
 from jaxinfer.ops.placement import Names
 from jaxinfer.ops.quantized import RUN, Packed, Quantized, codes, dequantize
-from jaxinfer.ops.tpu_einsum import tpu_product, worth
-from pallas_kernels import quantized_matmul
+from pallas_kernels import quantized_matmul, targets
 
 _FEW_ROWS_OF_INT4 = 32  # up to which integer x of 4-bit codes is faster row by row than after making the weight float
 
@@ -60,7 +60,7 @@ def _int8(eq, x, kernel, group, implementation):
         # The kernel rounds x in the groups of the weight's scales: here one scale stands for all groups of an output.
         groups = 1 if group is None else rows.shape[1] // group
         scales = jnp.broadcast_to(scale, (groups, scale.size))
-        return quantized_matmul.tpu(rows, weight, scales, qtype="int8", activations="int8")
+        return targets.kernel(quantized_matmul)(rows, weight, scales, qtype="int8", activations="int8")
 
     def xla(*operands: Array) -> Array:
         if group is None or group % 16 == 0:
@@ -110,7 +110,7 @@ def einsum_int4_int8(
         return cpu_kernels.q4_matmul(rows, kernel.values.reshape(outputs, -1), *tiles, qtype=kernel.qtype)
 
     def pallas(rows: Array, kernel: Packed) -> Array:
-        return tpu_product(rounded(rows), kernel, first=False)
+        return kernel_product(rounded(rows), kernel, first=False)
 
     runs = group // RUN
     taken = kernel.scale.dtype in (jnp.float32, jnp.float16) and kernel.shape[-1] % RUN == 0

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 
-from pallas_kernels import chips
+from pallas_kernels import targets
 
 Implementation = Literal["pallas", "xla"]
 
@@ -13,11 +13,12 @@ Implementation = Literal["pallas", "xla"]
 def choose(implementation: str | None, pallas: Callable[..., Any], xla: Callable[..., Any], *operands: Any) -> Any:
     """Return `pallas(*operands)` or `xla(*operands)`: the one that is named, or else the best for the target.
 
-    The target is a TPU where JAX has one, where the mesh is of one, or under `pallas_kernels.chips.assume`. The kernel
-    is then taken unless it says that it can't do this, and only where the program does run on a TPU.
+    The target is a TPU or a Hopper GPU where JAX has one, where the mesh is of one, or under `assume` of
+    `pallas_kernels.chips` or `.gpus`. The kernel is then taken unless it says that it can't do this, and only where the
+    program does run there.
 
     Raises:
-        NotImplementedError: "pallas" is named, and the target is no TPU or the kernel can't do it; why.
+        NotImplementedError: "pallas" is named, and there is no kernel for the target or it can't do it; why.
         ValueError: another name.
     """
     if implementation not in (None, "pallas", "xla"):
@@ -32,15 +33,15 @@ def choose(implementation: str | None, pallas: Callable[..., Any], xla: Callable
     if why:
         return xla(*operands)
     try:
-        return jax.lax.platform_dependent(*operands, tpu=pallas, default=xla)
+        return jax.lax.platform_dependent(*operands, default=xla, **{targets.platform(): pallas})
     except NotImplementedError:
         return xla(*operands)
 
 
 def _obstacle() -> str | None:
     """Return why no kernel can run here, or None."""
-    if chips.target() is None:
-        return f"the kernels are for TPUs, and the target is {jax.default_backend()!r}"
+    if targets.platform() is None:
+        return f"the kernels are for TPUs and Hopper GPUs, and the target is {jax.default_backend()!r}"
     mesh = jax.sharding.get_abstract_mesh()
     free = [name for name in mesh.axis_names if name not in mesh.manual_axes and mesh.shape[name] > 1]
     if free:

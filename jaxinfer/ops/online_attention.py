@@ -22,8 +22,8 @@ from jaxinfer.ops.attention import (
     visible,
 )
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.kernel_attention import kernel_attention
 from jaxinfer.ops.token_tree import TokenTree, last_slot
-from jaxinfer.ops.tpu_attention import tpu_attention
 
 SLOT_BLOCK = 512  # slots unpacked at a time
 Block = tuple[Array | Scaled, Array | Scaled, Bool[Array, "B T S"]]  # keys, values, which query sees which slot
@@ -52,7 +52,9 @@ def online_attention(
     options = dict(scale=scale, window=window, softcap=softcap)
 
     def pallas(q, k, v, positions, tree):
-        return tpu_attention(q, k.values, v.values, positions, k_scale=k.scale, v_scale=v.scale, tree=tree, **options)
+        return kernel_attention(
+            q, k.values, v.values, positions, k_scale=k.scale, v_scale=v.scale, tree=tree, **options
+        )
 
     return choose(implementation, pallas, functools.partial(_by_blocks, **options), q, k, v, positions, tree)
 

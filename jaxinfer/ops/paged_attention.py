@@ -19,11 +19,11 @@ from jaxinfer.ops.attention import (
     visible,
 )
 from jaxinfer.ops.implementation import Implementation, choose
+from jaxinfer.ops.kernel_attention import DECODE_TOKENS, TREE_NODES, kernel_attention
 from jaxinfer.ops.online_attention import SLOT_BLOCK, block_range, finite, shares_of_blocks
 from jaxinfer.ops.scatter import put
 from jaxinfer.ops.token_tree import TokenTree
-from jaxinfer.ops.tpu_attention import DECODE_TOKENS, TREE_NODES, tpu_attention
-from pallas_kernels import paged_decode_attention
+from pallas_kernels import paged_decode_attention, targets
 
 
 class Pages(NamedTuple):
@@ -83,13 +83,13 @@ def _by_kernels(q, new, pages, table, positions, tree, *, scale, window, softcap
     if most < T or new is None or new.k.shape[1] != T:
         pages = pages if new is None else write_pages(pages, new, table)
         k, v, k_scale, v_scale = (None if x is None else gather_pages(x, table) for x in pages)
-        return tpu_attention(q, k, v, positions, k_scale=k_scale, v_scale=v_scale, tree=tree, **options), pages
+        return kernel_attention(q, k, v, positions, k_scale=k_scale, v_scale=v_scale, tree=tree, **options), pages
     # The kernel appends all T tokens of a row that has any. What is padding lies past the row's length, where the next
     # tokens overwrite it, in pages of the row's own, or past the table: there in page 0.
     length = jnp.where(new.counts > 0, new.start + T, 0)
     table = jnp.pad(table, ((0, 0), (0, -(-T // page))))
     given = {name: x for name, x in zip(Pages._fields, new, strict=False) if x is not None}
-    out, found = paged_decode_attention.tpu(
+    out, found = targets.kernel(paged_decode_attention)(
         q, pages.k, pages.v, table, length, new=given, k_scale=pages.k_scale, v_scale=pages.v_scale,
         tree=None if tree is None else jnp.asarray(tree.ancestors), **options,
     )  # fmt: skip

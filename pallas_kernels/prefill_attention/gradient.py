@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.prefill_attention import tpu
+from pallas_kernels import prefill_attention as kernels
+from pallas_kernels import targets
 from pallas_kernels.prefill_attention.reference import visible
 
 QUERIES = 128  # of a block of the gradient, which holds its scores with all slots
@@ -16,12 +17,13 @@ SCALARS = ("position", "length", "starts")
 
 
 def prefill_attention(q: Float[Array, "B T N H"], k: Array, v: Array, **options: Any):
-    """Return `tpu(q, k, v, **options)`, which this gives a gradient with respect to q, k and v.
+    """Return the kernel's `(q, k, v, **options)`, which this gives a gradient with respect to q, k and v.
 
     Block lists and codes have none: JAX says so where one is asked for.
     """
+    kernel = targets.kernel(kernels)
     if options.get("lists") is not None or options.get("k_scale") is not None:
-        return tpu(q, k, v, **options)
+        return kernel(q, k, v, **options)
     scalars = {name: options.pop(name, None) for name in SCALARS}
     known = {name: x for name, x in scalars.items() if isinstance(x, np.ndarray)}
     given = {name: x for name, x in scalars.items() if x is not None and name not in known}
@@ -29,10 +31,10 @@ def prefill_attention(q: Float[Array, "B T N H"], k: Array, v: Array, **options:
 
     @jax.custom_vjp
     def attend(q, k, v, given):
-        return tpu(q, k, v, return_lse=return_lse, **known, **given, **options)
+        return kernel(q, k, v, return_lse=return_lse, **known, **given, **options)
 
     def forward(q, k, v, given):
-        out, lse = tpu(q, k, v, return_lse=True, **known, **given, **options)
+        out, lse = kernel(q, k, v, return_lse=True, **known, **given, **options)
         return (out, lse) if return_lse else out, (q, k, v, out, lse, given)
 
     def backward(saved, found):

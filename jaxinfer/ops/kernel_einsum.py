@@ -1,4 +1,4 @@
-"""Products with quantized weights by the TPU kernel: codes are read from HBM as they are stored."""
+"""Products with quantized weights by the kernels: codes are read from HBM as they are stored."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, Quantized
-from pallas_kernels import quantized_matmul
+from pallas_kernels import quantized_matmul, targets
 
 _ROWS_OF_BYTES = 64  # XLA multiplies codes of a byte as they lie: at 256 rows in 0.7 to 1.0 of the kernel's time
 _ROWS_OF_FOUR_BITS = 256  # of four bits it writes a float weight to HBM first
@@ -16,8 +16,11 @@ _ROWS_OF_FOUR_BITS = 256  # of four bits it writes a float weight to HBM first
 def worth(implementation: str | None, rows: Float[Array, "M I"], kernel: Quantized) -> str | None:
     """Return the implementation that is named, or "xla" where it takes less time for this many rows than the kernel.
 
-    By static estimates of 4096 x 4096 weights: with many rows the products take the time, and not the codes' bytes.
+    By static estimates of 4096 x 4096 weights: with many rows the products take the time, and not the codes' bytes. A
+    GPU's kernel is for few rows alone.
     """
+    if targets.platform() == "cuda":
+        return "xla" if implementation is None and rows.shape[0] > _ROWS_OF_BYTES else implementation
     if isinstance(kernel, Packed):
         most = _ROWS_OF_FOUR_BITS if kernel.qtype in FOUR_BIT else _ROWS_OF_BYTES
     else:
@@ -25,7 +28,7 @@ def worth(implementation: str | None, rows: Float[Array, "M I"], kernel: Quantiz
     return "xla" if implementation is None and rows.shape[0] > most else implementation
 
 
-def tpu_product(rows: Float[Array, "M I"], kernel: Quantized, *, first: bool, **options: Any) -> Float[Array, "M O"]:
+def kernel_product(rows: Float[Array, "M I"], kernel: Quantized, *, first: bool, **options: Any) -> Float[Array, "M O"]:
     """Return `rows @ weight^T` for a weight stored outputs first; `options` are the kernel's.
 
     Raises:
@@ -39,7 +42,7 @@ def tpu_product(rows: Float[Array, "M I"], kernel: Quantized, *, first: bool, **
     values = kernel.values if packed else kernel.qvalue
     outputs = math.prod(kernel.shape) // rows.shape[1]
     tiles = [None if t is None else _tiles(t, outputs) for t in (kernel.scale, getattr(kernel, "offset", None))]
-    return quantized_matmul.tpu(
+    return targets.kernel(quantized_matmul)(
         rows,
         values.reshape(outputs, -1),
         tiles[0],

@@ -1,4 +1,4 @@
-"""Attention of the model's queries by the TPU kernels, which take a row's position and length, not one a query."""
+"""Attention of the model's queries by the kernels, which take a row's position and length, not one a query."""
 
 import functools
 from typing import Any
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.ops.token_tree import TokenTree
-from pallas_kernels import decode_attention
+from pallas_kernels import decode_attention, targets
 from pallas_kernels.prefill_attention import gradient
 
 TREE_NODES = 64  # whose mask is one lane each, beside the depth
 DECODE_TOKENS = 8  # new tokens of a row up to which the cache's bytes, not the products, take the time
 
 
-def tpu_attention(
+def kernel_attention(
     q: Float[Array, "B T N H"],
     k: Array,
     v: Array,
@@ -42,10 +42,12 @@ def tpu_attention(
             raise NotImplementedError(f"a tree of {T} nodes: the kernel takes {TREE_NODES}")
         # The nodes are the last slots of a row; one of padding alone has none.
         length = jnp.where(positions[:, 0] < 0, 0, positions[:, 0] + T)
-        attend = functools.partial(decode_attention.tpu, length=length, tree=jnp.asarray(tree.ancestors), **options)
+        attend = functools.partial(
+            targets.kernel(decode_attention), length=length, tree=jnp.asarray(tree.ancestors), **options
+        )
         return attend(q, k, v, k_scale=k_scale, v_scale=v_scale)
     length = positions.max(axis=1) + 1
     few = T <= DECODE_TOKENS
-    attend = decode_attention.tpu if few else gradient.prefill_attention
+    attend = targets.kernel(decode_attention) if few else gradient.prefill_attention
     attend = functools.partial(attend, length=length, position=positions[:, 0], **options)
     return attend(q, k, v, k_scale=k_scale, v_scale=v_scale)

@@ -1,0 +1,130 @@
+"""`scripts/bench_kernels.py --gpu`: compile, check and time the cases on the GPU that is here, and what is made of it."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels import gpu_measure, gpus
+from pallas_kernels.case import Case, Kernel
+from pallas_kernels.kernels import kernel as find
+
+_THREADS = 8  # that compile at once
+
+
+def device() -> dict[str, Any]:
+    """Return what results are of: the device and the versions.
+
+    Raises:
+        RuntimeError: JAX has no GPU.
+    """
+    if jax.default_backend() != "gpu":
+        raise RuntimeError(f"--gpu: needs a GPU, and JAX has {jax.default_backend()!r}")
+    kind = jax.devices()[0].device_kind
+    versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib") if name in sys.modules}
+    return {"device": kind, "chip": getattr(gpus.of_kind(kind), "name", kind), "versions": versions}
+
+
+def checks(names: Sequence[str], cases: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """Yield a line for each test case: whether the kernel is its reference on this device."""
+    found = [(find(name), case) for name in names for case in find(name).tests if cases is None or case.name in cases]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(lambda job: _check(*job), [job for job in found if job[0].gpu is not None])
+
+
+def _check(kernel: Kernel, case: Case) -> dict[str, Any]:
+    line: dict[str, Any] = {"kernel": kernel.name, "case": case.name}
+    try:
+        return line | gpu_measure.check(kernel, case)
+    except NotImplementedError as error:
+        return line | {"unsupported": str(error)}
+    except Exception as error:  # whatever goes wrong is the answer
+        return line | {"ok": False, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What is timed: a case by an implementation, with blocks of its own where they are tried."""
+
+    kernel: Kernel
+    case: Case
+    implementation: str
+    run: Callable[..., Any]
+    blocks: dict[str, int] | None = None
+
+
+def timed(names: Sequence[str], cases: Sequence[str] | None, peers: bool, tune: bool) -> list[Timed]:
+    """Return what is to be timed: our kernels with their own blocks or every candidate's, and the peers."""
+    found = []
+    for name in names:
+        kernel = find(name)
+        for case in kernel.gpu_timed or kernel.timed:
+            if kernel.gpu is None or (cases is not None and case.name not in cases):
+                continue
+            tried = [dict(b) for b in kernel.gpu_candidates(case)] if tune and kernel.gpu_candidates else []
+            for blocks in [None, *tried]:
+                run = functools.partial(kernel.gpu, **case.options, blocks=blocks)
+                found.append(Timed(kernel, case, "pallas", run, blocks))
+            for peer, run in kernel.gpu_peers.items() if peers else ():
+                found.append(Timed(kernel, case, peer, functools.partial(run, **case.options)))
+    return found
+
+
+def time_one(job: Timed, limits: dict[str, float]) -> dict[str, Any]:
+    """Return the line of what is timed, or why there is no time."""
+    line: dict[str, Any] = {"kernel": job.kernel.name, "case": job.case.name, "implementation": job.implementation}
+    line |= {"blocks": job.blocks} if job.blocks else {}
+    more = job.kernel.peer_bytes.get(job.implementation)
+    try:
+        return line | gpu_measure.measure(job.run, job.case, limits, None if more is None else more(job.case))
+    except Exception as error:  # a peer that can't do it, or a kernel that fails: the line says so
+        return line | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return timed lines as a Markdown table: our time, its share of the nearest limit, and others' times as ratios."""
+    rows = ["| kernel | case | time | of the limit | others |", "|---|---|---:|---|---|"]
+    for place in dict.fromkeys((x["kernel"], x["case"]) for x in lines if "case" in x):
+        here = [x for x in lines if (x.get("kernel"), x.get("case")) == place]
+        own = [x for x in here if x["implementation"] == "pallas"]
+        best = min((x for x in own if "us" in x), key=lambda x: x["us"], default=None)
+        if best is None:
+            rows.append(f"| {' | '.join(place)} | {own[0].get('error', 'not run')[:60] if own else 'not run'} | | |")
+            continue
+        share, limit = max((best["bandwidth_share"], "copy bandwidth"), (best["flops_share"], "matmul rate"))
+        others = [f"{x['implementation']} {x['us'] / best['us']:.2f}x" for x in here if x not in own and "us" in x]
+        rows.append(f"| {' | '.join(place)} | {best['us']:.1f} us | {share:.0%} {limit} | {', '.join(others)} |")
+    return "\n".join(rows)
+
+
+def main(args: Any) -> int:
+    """Do what the script's `--gpu` says; return 1 where a check fails."""
+    about = device()
+    names, cases = args.kernels.split(","), args.cases.split(",") if args.cases else None
+    out: Path | None = args.out
+    lines: list[dict[str, Any]] = []
+
+    def tell(line: dict[str, Any]) -> None:
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+        if out is not None:
+            with out.open("a") as file:
+                file.write(json.dumps(about | line) + "\n")
+
+    wrong = 0
+    for line in checks(names, cases) if not args.no_check else ():
+        tell(line)
+        wrong += not line.get("ok", True)
+    if not args.check:
+        limits = gpu_measure.ceilings()
+        tell({"ceilings": limits})
+        for job in timed(names, cases, not args.no_peers, args.tune):
+            tell(time_one(job, limits))
+        print(table([x for x in lines if "implementation" in x]))
+    return min(wrong, 1)
