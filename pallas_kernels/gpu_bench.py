@@ -1,4 +1,4 @@
-"""`scripts/bench_kernels.py --gpu`: compile, check and time the cases on the GPU that is here, and what is made of it."""
+"""`scripts/bench_kernels.py --gpu`: check and time the cases on the GPU that is here, and the table of it."""
 
 import concurrent.futures
 import dataclasses
@@ -18,14 +18,18 @@ from pallas_kernels.kernels import kernel as find
 _THREADS = 8  # that compile at once
 
 
+class NoGpu(RuntimeError):
+    """There is no GPU to run on."""
+
+
 def device() -> dict[str, Any]:
     """Return what results are of: the device and the versions.
 
     Raises:
-        RuntimeError: JAX has no GPU.
+        NoGpu: JAX has none.
     """
     if jax.default_backend() != "gpu":
-        raise RuntimeError(f"--gpu: needs a GPU, and JAX has {jax.default_backend()!r}")
+        raise NoGpu(f"--gpu: needs a GPU, and JAX has {jax.default_backend()!r}")
     kind = jax.devices()[0].device_kind
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib") if name in sys.modules}
     return {"device": kind, "chip": getattr(gpus.of_kind(kind), "name", kind), "versions": versions}

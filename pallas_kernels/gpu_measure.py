@@ -47,7 +47,7 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
         same = [
             np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
             for a, b in zip(changed, kept, strict=True)
-        ]  # noqa: E501
+        ]
         line["ok"] = all(same)
         line["changed"] = same
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -1,6 +1,6 @@
 """Time the kernels, each case beside others' kernels for the same work. For TPUs by static estimates, with no TPU.
 
-    python scripts/bench_kernels.py --gpu [--kernels ...] [--cases ...] [--out gpu.jsonl]    on a Hopper GPU that is here
+    python scripts/bench_kernels.py --gpu [--kernels ...] [--cases ...] [--out gpu.jsonl]   on the GPU that is here
     python scripts/bench_kernels.py --tpu-static v5e,v6e [--kernels ...] [--cases ...] [--out kernels.jsonl]
     python scripts/bench_kernels.py --table kernels.jsonl [--cases ...]   the lines of such a run as a table
     python scripts/bench_kernels.py --budget kernels.jsonl       its cycles as the budget that the tests hold
@@ -132,7 +132,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.gpu:
         from pallas_kernels import gpu_bench
 
-        sys.exit(gpu_bench.main(args))
+        try:
+            sys.exit(gpu_bench.main(args))
+        except gpu_bench.NoGpu as error:
+            parser.error(str(error))
     done = {tuple(line[k] for k in KEY) for line in read(args.out)} if args.out else set()
     cases = args.cases.split(",") if args.cases else None
     todo = jobs(args.kernels.split(","), args.tpu_static.split(","), cases, not args.no_peers)

@@ -9,6 +9,7 @@ from typing import NoReturn
 import jaxinfer
 from jaxinfer.cli import (
     apply,
+    bench,
     chat,
     compare,
     evaluate,
@@ -33,6 +34,7 @@ _COMMANDS = {
     "passes": passes,
     "apply": apply,
     "compare": compare,
+    "bench": bench,
     "spec-bench": spec_bench,
     "plan": plan,
     "exits": exits,
