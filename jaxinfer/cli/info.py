@@ -42,6 +42,7 @@ def describe(config) -> dict[str, Any]:
     from jaxinfer.checkpoint.source import open_source
     from jaxinfer.models.config import config_from_dict, config_to_dict
     from jaxinfer.models.transformer import abstract
+    from jaxinfer.ops.implementation import describe as describe_kernels
     from jaxinfer.passes.quantization.file_blocks import hold_blocks
     from jaxinfer.program import Program
     from jaxinfer.text.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ def describe(config) -> dict[str, Any]:
             "count": jax.device_count(),
             "dtype": choice.dtype.name,
             "layouts": list(choice.layouts if layouts is None else layouts),
+            "kernels": describe_kernels(),
             "measured": choice.describe(),
             "compile_cache": jax.config.jax_compilation_cache_dir,
         },
@@ -166,6 +168,7 @@ def _text(report: dict[str, Any]) -> str:
         ("device", f"{d['count']} x {d['kind']} ({d['platform']})"),
         ("runs as", f"{d['dtype']}, {' and '.join(d['layouts']) or 'separate'} layout; measured:"),
         *(("", line) for line in d["measured"]),
+        ("kernels", d["kernels"]),
         ("compile cache", d["compile_cache"] or "off"),
     ]
     return "\n".join(f"{key:14s} {value}" for key, value in rows if value)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxinfer.ops import cpu_kernels
 from pallas_kernels import targets
 
 Implementation = Literal["pallas", "xla"]
@@ -36,6 +37,18 @@ def choose(implementation: str | None, pallas: Callable[..., Any], xla: Callable
         return jax.lax.platform_dependent(*operands, default=xla, **{targets.platform(): pallas})
     except NotImplementedError:
         return xla(*operands)
+
+
+def describe() -> str:
+    """Return what attention and quantized products run by on this device, in words."""
+    name = targets.platform()
+    if name is not None:
+        which = "TPU" if name == "tpu" else "Hopper GPU"
+        return f"Pallas kernels for a {which}, and XLA for shapes that they don't take"
+    kind = jax.default_backend()
+    if kind == "gpu":
+        return f"XLA: the kernels are for Hopper GPUs, and this is {jax.devices()[0].device_kind!r}"
+    return "XLA, and machine code for products with few rows" if cpu_kernels.available() else "XLA"
 
 
 def _obstacle() -> str | None:
