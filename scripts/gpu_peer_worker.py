@@ -3,7 +3,7 @@
     python scripts/gpu_peer_worker.py --model llama3-8b --batch 1 --context 1024 [--new-tokens 64] [--out FILE]
 
 prints a JSON line for each of `transformers sdpa` and `transformers compiled`: the same architecture with random
-weights in bfloat16, greedy, no early stop, the fields of jaxinfer bench, whose table shows them beside its own. Decoding
+weights in bfloat16, greedy, no early stop, in the fields of jaxinfer bench. Decoding
 is a loop of forward passes and argmax on the device, without `generate`'s bookkeeping. --wait FILE compiles first and
 waits for the file before it times, so that compiling can go on beside other work. Needs torch and transformers.
 """
