@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Shaped, UInt8
 
 from jaxinfer.errors import InputError
 from jaxinfer.ops.cpu_attention import on_cpu
+from jaxinfer.ops.cudnn_attention import on_cudnn
 from jaxinfer.ops.heads import group_heads, join_heads
 from jaxinfer.ops.implementation import Implementation, choose
 from jaxinfer.ops.kernel_attention import kernel_attention
@@ -65,6 +66,8 @@ def attention(
     def best(q, k, v, positions, tree):
         if tree is not None or softcap is not None:
             return xla(q, k, v, positions, tree)
+        if jax.default_backend() == "gpu":
+            return on_cudnn(functools.partial(xla, tree=None), visible, q, k, v, positions, scale=scale, window=window)
         return on_cpu(functools.partial(xla, tree=None), q, k, v, positions, scale=scale, window=window)
 
     return choose(implementation, pallas, xla if implementation else best, q, k, v, positions, tree)
