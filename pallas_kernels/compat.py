@@ -64,3 +64,12 @@ def load(ref: Any, layout: Any, optimized: bool = False) -> Any:
     if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty:
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def mlir() -> tuple[Any, Any, Any]:
+    """Return what a GPU kernel is written in below Pallas: MLIR, its LLVM dialect, and what Mosaic makes of them."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    return ir, llvm, utils

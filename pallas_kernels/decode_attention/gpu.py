@@ -50,6 +50,8 @@ class Dense:
         self, k: Array, v: Array, k_scale: Float[Array, "B K S"] | None, v_scale: Float[Array, "B K S"] | None
     ):
         self.arrays = {"k": k, "v": v}
+        if k.shape[2] > 8 and k.shape[2] % 8:
+            raise NotImplementedError(f"{k.shape[2]} slots: must be a multiple of 8 on a GPU")
         if k_scale is not None:
             self.arrays |= {"k_scale": k_scale, "v_scale": v_scale}
             if k.shape[2] * k_scale.dtype.itemsize % 16:
@@ -61,9 +63,9 @@ class Dense:
         return slots
 
     def copies_of(self, slots: int) -> int:
-        """Return how many copies a block of keys comes in."""
+        """Return how many copies a block of keys comes in, its scales' counted."""
         del slots
-        return 1
+        return 1 if self.dtypes[1] is None else 2
 
     def copies(
         self, refs: dict[str, Any], memory: dict[str, Any], name: str, b: Any, head: Any, base: Any, end: Any, stage: Any

@@ -68,29 +68,40 @@ class Plan:
 
 
 def scratch(plan: Plan, copies: int) -> dict[str, Any]:
-    """Return the shared memory and the barriers; a block of keys or values comes in `copies` copies."""
+    """Return the shared memory and the barriers; a block of keys, or values, comes in `copies` copies."""
     stage = (plan.stages, plan.slots, plan.width)
+    queries, keys = swizzle(plan.H, plan.dtype), swizzle(plan.H, plan.stored)
+    beside = 128 if plan.quantized else keys  # both operands of a product are laid out alike
     found = {
-        "q": _tiled((plan.columns, plan.width), plan.dtype),
-        "k": _tiled(stage, plan.stored),
-        "v": _tiled(stage, plan.stored),
-        "weights": _tiled((plan.columns, plan.slots), plan.dtype),
+        "q": _tiled((plan.columns, plan.width), plan.dtype, queries),
+        "k": _tiled(stage, plan.stored, keys),
+        "v": _tiled(stage, plan.stored, keys),
+        "weights": _tiled((plan.columns, plan.slots), plan.dtype, beside),
         "out": plgpu.SMEM((plan.columns, plan.width), plan.out_dtype),
         "q_barrier": plgpu.Barrier(),
     }
-    per_block = copies
     if plan.quantized:
-        found["wide"] = _tiled((plan.slots, plan.width), plan.dtype)
+        found["wide"] = _tiled((plan.slots, plan.width), plan.dtype, beside)
         found |= {name: plgpu.SMEM((plan.stages, plan.slots), plan.scales) for name in ("k_scale", "v_scale")}
-        per_block *= 2
-    barriers = plgpu.Barrier(num_arrivals=per_block, num_barriers=plan.stages)
+    barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
     return found | {"k_barrier": barriers, "v_barrier": barriers}
 
 
-def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+def swizzle(H: int, dtype: Any) -> int:
+    """Return the bytes of a line of a tile in shared memory: the most of which a head is a multiple.
+
+    Raises:
+        NotImplementedError: there is no such number.
+    """
     size = jnp.dtype(dtype).itemsize
-    swizzle = 128 if shape[-1] * size % 128 == 0 else 64
-    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    for found in (128, 64, 32):
+        if H * size % found == 0:
+            return found
+    raise NotImplementedError(f"H={H} of {dtype}: must be a multiple of {32 // size} on a GPU")
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
+    transforms = (plgpu.TilingTransform((8, line // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(line))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -171,14 +182,8 @@ def _scores(plan: Plan, memory: dict[str, Any], stage: Any) -> Any:
     plgpu.barrier_wait(memory["k_barrier"].at[stage])
     keys = memory["k"].at[stage]
     if plan.quantized:
-        keys = widen(keys, plan.dtype, MATRIX)
-    queries = plgpu.transpose_ref(memory["q"], (1, 0))
-
-    def product(acc_ref: Any) -> Any:
-        plgpu.wgmma(acc_ref, keys, queries)
-        return acc_ref[...]
-
-    found = pl.run_scoped(product, plgpu.ACC((plan.slots, plan.columns), jnp.float32))
+        keys = widen(keys, MATRIX)
+    found = multiply(None, keys, plgpu.transpose_ref(memory["q"], (1, 0)))
     factor = plan.scale * LOG2E if plan.softcap is None else plan.scale / plan.softcap
     if plan.quantized:
         steps = compat.load(memory["k_scale"].at[stage], BY_SLOT).astype(jnp.float32)
@@ -201,7 +206,7 @@ def _mixed(
         steps = compat.load(memory["v_scale"].at[stage], BY_SLOT).astype(jnp.float32)
         steps = jax.lax.cond(whole, lambda x: x, lambda x: jnp.where(alive((plan.slots,), BY_SLOT), x, 0.0), steps)
         weights = weights * _wide(steps, weights.shape, 0)
-        memory["wide"][...] = widen(values, plan.dtype, None)
+        memory["wide"][...] = widen(values)
         values = memory["wide"]
     else:
 
@@ -214,11 +219,23 @@ def _mixed(
     turned = plgpu.layout_cast(weights.astype(plan.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.transpose_ref(memory["weights"], (1, 0))[...] = turned
     plgpu.commit_smem()
+    return multiply(acc, plgpu.transpose_ref(values, (1, 0)), plgpu.transpose_ref(memory["weights"], (1, 0)))
 
-    def product(acc_ref: Any) -> None:
-        plgpu.wgmma(acc_ref, plgpu.transpose_ref(values, (1, 0)), plgpu.transpose_ref(memory["weights"], (1, 0)))
 
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+def multiply(acc: Any, a: Any, b: Any) -> Any:
+    """Return `acc + a b` in float32, without `acc` where it is None; a and b are refs, or a is held in registers."""
+    if acc is None:
+
+        def product(acc_ref: Any) -> Any:
+            plgpu.wgmma(acc_ref, a, b)
+            return acc_ref[...]
+
+        return pl.run_scoped(product, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+    def added(acc_ref: Any) -> None:
+        plgpu.wgmma(acc_ref, a, b)
+
+    return pl.run_state(added)(plgpu.ACC.init(acc))
 
 
 class _Range:
