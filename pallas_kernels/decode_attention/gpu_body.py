@@ -168,7 +168,7 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     safe = jnp.where(nothing, 1.0, total)
     acc = acc * _wide(1.0 / safe, acc.shape, 1)
     turned = plgpu.layout_cast(acc.astype(plan.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.transpose_ref(memory["out"], (1, 0))[...] = turned
+    memory["out"].transpose((1, 0))[...] = turned
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(memory["out"], refs["out"].at[group, split, columns, width])
     if plan.with_lse:

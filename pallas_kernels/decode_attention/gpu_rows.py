@@ -130,7 +130,9 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         grid_names=("rows", "splits"),
         kernel_name=name,
         scratch_types=list(memory.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         **({"interpret": interpret} if interpret else {}),
     )
     return dict(zip(shapes, call(*inputs.values()), strict=True))
