@@ -1,5 +1,6 @@
 """Every difference between the versions of jax that the kernels run on (0.10.2, 0.11, 0.12): here and nowhere else."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -54,3 +55,21 @@ def traced_for(device: jax.Device) -> Any:
     """Return a context in which Pallas takes `device`'s kind for that of the devices here, which are no TPUs."""
     kind = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=kind))
+
+
+def load(ref: Any, layout: Any, optimized: bool = False) -> Any:
+    """Return what a ref of a GPU kernel holds, in a layout of registers; `optimized` raises where banks conflict."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty:
+        return plgpu.load(ref, (), layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def mlir() -> tuple[Any, Any, Any]:
+    """Return what a GPU kernel is written in below Pallas: MLIR, its LLVM dialect, and what Mosaic makes of them."""
+    from jax._src.lib.mlir import ir
+    from jax._src.lib.mlir.dialects import llvm
+    from jax.experimental.mosaic.gpu import utils
+
+    return ir, llvm, utils

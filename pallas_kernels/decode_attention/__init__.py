@@ -14,7 +14,8 @@ of the exponentials of a query's scores, -inf where it sees nothing; its output 
 Flash-Decoding; tree masks: 2305.09781.)
 """
 
+from pallas_kernels.decode_attention.gpu import decode_attention as gpu
 from pallas_kernels.decode_attention.reference import decode_attention as reference
 from pallas_kernels.decode_attention.tpu import decode_attention as tpu
 
-__all__ = ["reference", "tpu"]
+__all__ = ["gpu", "reference", "tpu"]

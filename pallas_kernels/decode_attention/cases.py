@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.case import Case, Kernel
-from pallas_kernels.decode_attention import reference, tpu
+from pallas_kernels.decode_attention import gpu, reference, tpu
 from pallas_kernels.decode_attention.tpu import shape_class
 
 
@@ -163,4 +163,4 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     return found
 
 
-KERNEL = Kernel("decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class)
+KERNEL = Kernel("decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, gpu=gpu)

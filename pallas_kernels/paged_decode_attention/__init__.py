@@ -13,7 +13,8 @@ length 0 writes nothing. The pages that result are the same buffers, in a tuple 
 output. (PagedAttention, 2309.06180.)
 """
 
+from pallas_kernels.paged_decode_attention.gpu import paged_decode_attention as gpu
 from pallas_kernels.paged_decode_attention.reference import paged_decode_attention as reference
 from pallas_kernels.paged_decode_attention.tpu import paged_decode_attention as tpu
 
-__all__ = ["reference", "tpu"]
+__all__ = ["gpu", "reference", "tpu"]

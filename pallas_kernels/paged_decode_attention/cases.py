@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels.case import Case, Kernel
 from pallas_kernels.decode_attention.cases import BRANCHING
-from pallas_kernels.paged_decode_attention import peers, reference, tpu
+from pallas_kernels.paged_decode_attention import gpu, peers, reference, tpu
 from pallas_kernels.paged_decode_attention.tpu import shape_class
 
 F32 = jnp.float32
@@ -129,4 +129,4 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     ]
 
 
-KERNEL = Kernel("paged_decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, peers.PEERS)
+KERNEL = Kernel("paged_decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, peers.PEERS, gpu=gpu)

@@ -1,0 +1,160 @@
+"""The call of decode attention on Hopper, whatever holds the cache: queries are packed, splits merged."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import gpus
+from pallas_kernels.calls import Known
+from pallas_kernels.decode_attention.gpu_body import Plan, body, scratch, swizzle
+
+MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
+RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
+
+
+def attend_rows(
+    name: str,
+    q: Float[Array, "B T N H"],
+    source: Any,
+    kv_heads: int,
+    capacity: int,
+    length: Int[Known, "B"],
+    *,
+    scale: float,
+    start: Int[Known, "B"] | None,
+    position: Int[Known, "B"] | None,
+    window: int | None,
+    sinks: int,
+    softcap: float | None,
+    tree: Bool[Known, "... T T"] | None,
+    return_lse: bool,
+    blocks: dict[str, int] | None,
+    interpret: Any,
+):
+    """Return the output, or (output, log-sum-exp).
+
+    `capacity` is the number of slots that a row has at most; `source` has the `arrays` that hold them.
+
+    Raises:
+        NotImplementedError: dtypes or sizes that the kernel does not take.
+        ValueError: both position and tree.
+    """
+    if tree is not None and position is not None:
+        raise ValueError("position and tree: a tree's own slots give the positions of its queries")
+    B, T, N, H = q.shape
+    K = kv_heads
+    rows = N // K * T
+    stored, scales = source.dtypes
+    dtype = jnp.dtype(jnp.bfloat16) if scales is not None else stored
+    check(q.dtype, stored, scales, H)
+    width = -(-H // 64) * 64
+    columns = min(-(-rows // 8) * 8, MOST_COLUMNS[width])
+    chosen = {**default_blocks(B * K * -(-rows // columns), capacity, width, columns, stored, scales), **(blocks or {})}
+    slots = source.fit(chosen["slots"])
+    plan = Plan(
+        kv_heads=K, rows=rows, columns=columns, tokens=T, capacity=capacity, slots=slots, stages=chosen["stages"],
+        splits=chosen["splits"], H=H, dtype=dtype, stored=stored, scales=scales,
+        out_dtype=jnp.dtype(jnp.float32) if chosen["splits"] > 1 else q.dtype, scale=scale, softcap=softcap,
+        window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
+        with_lse=return_lse or chosen["splits"] > 1, has_start=start is not None, has_position=position is not None,
+    )  # fmt: skip
+    packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
+    if rows > 8 and rows % 8:  # a copy fills in what is past the end of an array only where that is a tile's end
+        packed = jnp.pad(packed, ((0, 0), (0, plan.tiles * columns - rows), (0, 0)))
+    inputs = {"q": packed, "length": jnp.asarray(length, jnp.int32)}
+    if start is not None:
+        inputs["start"] = jnp.asarray(start, jnp.int32)
+    if position is not None:
+        inputs["position"] = jnp.asarray(position, jnp.int32)
+    if tree is not None:
+        inputs["tree"] = _tree_words(jnp.asarray(tree), B, N // K, plan)
+    found = _call(name, plan, source, inputs | source.arrays, interpret)
+    out, lse = _merge(found["out"], found["lse"][..., :rows] if plan.with_lse else None)
+
+    def ungroup(x):
+        return x.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+
+    out = ungroup(out).astype(q.dtype)
+    return (out, ungroup(lse)[..., 0]) if return_lse else out
+
+
+def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
+    """Raise NotImplementedError for dtypes and heads that the kernel does not take."""
+    if queries not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"q of {queries}: must be bfloat16 or float16 on a GPU")
+    if scales is None and stored not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"a cache of {stored} without scales: must be bfloat16 or float16 on a GPU")
+    if scales is not None and stored not in (jnp.int8, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"a cache of {stored} with scales: must be int8 or float8_e4m3fn on a GPU")
+    if H > 256:
+        raise NotImplementedError(f"H={H}: must be at most 256 on a GPU")
+    swizzle(H, queries), swizzle(H, stored)
+
+
+def default_blocks(
+    grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any
+) -> dict[str, int]:
+    """Return blocks of which two or three are resident on a processor, and splits that fill all processors once."""
+    gpu = gpus.current()
+    slots, resident = 64, 2
+    stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
+    fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED
+    stages = max(2, min(4, (gpu.shared // resident - fixed) // stage))
+    resident = max(1, min(4, gpu.shared // (fixed + stages * stage)))
+    splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots))))
+    return {"slots": slots, "stages": stages, "splits": splits}
+
+
+def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
+    """Run the kernel and return `out` `[B * K, splits, rows, H]` and perhaps `lse` `[B * K, splits, columns]`."""
+    groups, H = inputs["q"].shape[0], plan.H
+    shapes = {"out": jax.ShapeDtypeStruct((groups, plan.splits, plan.rows, H), plan.out_dtype)}
+    if plan.with_lse:
+        shapes["lse"] = jax.ShapeDtypeStruct((groups, plan.splits, plan.tiles * plan.columns), jnp.float32)
+    names, memory = list(inputs), scratch(plan, source.copies_of(plan.slots))
+
+    def run(*refs: Any) -> None:
+        given, rest = refs[: len(names)], refs[len(names) :]
+        found, held = rest[: len(shapes)], rest[len(shapes) :]
+        refs = dict(zip(names, given, strict=True)) | dict(zip(shapes, found, strict=True))
+        body(plan, source, refs, dict(zip(memory, held, strict=True)))
+
+    call = plgpu.kernel(
+        run,
+        out_type=list(shapes.values()),
+        grid=(groups * plan.tiles, plan.splits),
+        grid_names=("rows", "splits"),
+        kernel_name=name,
+        scratch_types=list(memory.values()),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **({"interpret": interpret} if interpret else {}),
+    )
+    return dict(zip(shapes, call(*inputs.values()), strict=True))
+
+
+def _tree_words(tree: Bool[Array, "..."], B: int, G: int, plan: Plan) -> Int[Array, "B X R"]:
+    """Return for each query row which nodes it sees, 32 to a word, and after the words its depth."""
+    T = plan.tokens
+    tree = jnp.broadcast_to(tree, (B, T, T))
+    bits = jnp.pad(tree, ((0, 0), (0, 0), (0, 32 * plan.tree_words - T))).reshape(B, T, plan.tree_words, 32)
+    words = (bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+    words = jax.lax.bitcast_convert_type(words, jnp.int32)
+    found = jnp.concatenate([words, tree.sum(-1, keepdims=True, dtype=jnp.int32) - 1], axis=-1).swapaxes(1, 2)
+    return jnp.pad(jnp.tile(found, (1, 1, G)), ((0, 0), (0, 0), (0, plan.tiles * plan.columns - plan.rows)))
+
+
+def _merge(out: Float[Array, "G X R H"], lse: Float[Array, "G X R"] | None):
+    """Return the attention over all splits, and the log of its total."""
+    if lse is None or out.shape[1] == 1:
+        return out[:, 0], None if lse is None else lse[:, 0]
+    peak = lse.max(axis=1)
+    weight = jnp.exp(lse - jnp.where(peak == -jnp.inf, 0, peak)[:, None])
+    total = weight.sum(axis=1)
+    safe = jnp.where(total == 0, 1, total)
+    return (out * weight[..., None]).sum(axis=1) / safe[..., None], peak + jnp.log(safe)

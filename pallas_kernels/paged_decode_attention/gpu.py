@@ -1,0 +1,121 @@
+"""Paged decode attention on a Hopper GPU: the dense kernel, a block of which is copied page by page.
+
+New tokens are written by XLA, in place, before it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.calls import Interpret, Known
+from pallas_kernels.decode_attention.gpu_rows import attend_rows
+from pallas_kernels.paged_decode_attention.reference import append, gather
+
+
+def paged_decode_attention(
+    q: Float[Array, "B T N H"],
+    k_pages: Array,
+    v_pages: Array,
+    table: Int[Known, "B M"],
+    length: Int[Known, "B"],
+    *,
+    scale: float,
+    new: Mapping[str, Array] | None = None,
+    start: Int[Known, "B"] | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    tree: Bool[Known, "... T T"] | None = None,
+    k_scale: Float[Array, "P K page"] | None = None,
+    v_scale: Float[Array, "P K page"] | None = None,
+    return_lse: bool = False,
+    blocks: dict[str, int] | None = None,
+    interpret: Interpret = False,
+):
+    """Return what the contract of this folder says.
+
+    `blocks`: slots a block, a multiple of 64, stages in flight, splits of a row; by default what fills the GPU.
+
+    Raises:
+        NotImplementedError: dtypes or sizes that the kernel does not take.
+    """
+    pages = {"k": k_pages, "v": v_pages} | ({} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale})
+    table, length = jnp.asarray(table, jnp.int32), jnp.asarray(length, jnp.int32)
+    source = Paged(pages, table)
+    if new is not None:
+        pages = {name: append(x, new[name], table, length) for name, x in pages.items()}
+    found = attend_rows(
+        "paged_decode_attention", q, source.holding(pages, length), k_pages.shape[1], source.capacity, length,
+        scale=scale, start=start, position=None, window=window, sinks=sinks, softcap=softcap, tree=tree,
+        return_lse=return_lse, blocks=blocks, interpret=interpret,
+    )  # fmt: skip
+    if new is None:
+        return found
+    return (*(found if return_lse else (found,)), tuple(pages.values()))
+
+
+class Paged:
+    """Pages `[P, K, page, H]`, perhaps with scales `[P, K, page]`, and the table that says whose they are."""
+
+    def __init__(self, pages: Mapping[str, Array], table: Int[Array, "B M"]):
+        self._number, self._heads, self._page, _ = pages["k"].shape
+        self._most = table.shape[1]
+        self._table = table
+        self.capacity = self._most * self._page
+        scales = pages["k_scale"].dtype if "k_scale" in pages else None
+        self.dtypes = pages["k"].dtype, scales
+        # A copy of fewer bytes than a warpgroup has threads is not to be had.
+        self._gathered = scales is not None and self._page * scales.itemsize % 128 != 0
+        if self._page % 8 or (64 % self._page and self._page % 64):
+            raise NotImplementedError(f"page={self._page}: must be 8, 16, 32, or a multiple of 64 on a GPU")
+        if self._gathered and self.capacity * scales.itemsize % 16:
+            raise NotImplementedError(f"{self.capacity} slots: their scales must be whole pieces of 16 bytes on a GPU")
+
+    def holding(self, pages: Mapping[str, Array], length: Int[Array, "B"]) -> "Paged":
+        """Return this with the arrays that the kernel is given: what is not gathered has its pages and heads in one."""
+        self.arrays = {}
+        live = jnp.arange(self._most) * self._page < length[:, None]
+        for name, x in pages.items():
+            if "scale" in name and self._gathered:
+                self.arrays[name] = gather(x, jnp.where(live, self._table, 0))
+            else:
+                self.arrays[name] = x.reshape(self._number * self._heads, *x.shape[2:])
+        self.arrays["table"] = self._table
+        return self
+
+    def fit(self, slots: int) -> int:
+        """Return the slots of a block: whole pages, or a part of one."""
+        if self._page <= slots:
+            return slots // self._page * self._page
+        return next(size for size in range(slots, 0, -64) if self._page % size == 0)
+
+    def copies_of(self, slots: int) -> int:
+        """Return how many copies a block of keys comes in, its scales' counted."""
+        pages = max(1, slots // self._page)
+        return pages + (0 if self.dtypes[1] is None else 1 if self._gathered else pages)
+
+    def copies(
+        self, refs: dict[str, Any], memory: dict[str, Any], name: str, b: Any, head: Any, base: Any, end: Any, stage: Any
+    ) -> None:
+        """Start to copy the block of keys, "k", or values, "v", from slot `base`, with its scales."""
+        to, barrier, scale = memory[name].at[stage], memory[f"{name}_barrier"].at[stage], f"{name}_scale"
+        slots, page = to.shape[0], self._page
+        part = min(page, slots)
+        width = pl.ds(head * 0, to.shape[1])
+        for i in range(slots // part):
+            first = base + i * part
+            index = jax.lax.div(first, jnp.int32(page))
+            # A page past the end is none: its number is past the last, where a copy reads zeros and no memory.
+            number = jnp.where(first < end, refs["table"][b, jnp.minimum(index, self._most - 1)], self._number)
+            held, here = number * self._heads + head, pl.ds(i * part, part)
+            inside = pl.ds(first - index * page if page > slots else 0, part)
+            plgpu.copy_gmem_to_smem(refs[name].at[held, inside, width], to.at[here], barrier)
+            if scale in refs and not self._gathered:
+                plgpu.copy_gmem_to_smem(refs[scale].at[held, inside], memory[scale].at[stage, here], barrier)
+        if scale in refs and self._gathered:
+            plgpu.copy_gmem_to_smem(refs[scale].at[b, head, pl.ds(base, slots)], memory[scale].at[stage], barrier)
