@@ -6,8 +6,6 @@ copies ahead of it. A group's sum is kept apart and scaled in float32. See `gpu_
 """
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import jax
@@ -18,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import calls, gpus
-from pallas_kernels.quantized_matmul import gpu_registers
+from pallas_kernels.quantized_matmul import gpu_registers, gpu_words
 from pallas_kernels.quantized_matmul.gpu_registers import BANKS, CHUNK, LINE, Tile
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
 
@@ -65,13 +63,7 @@ def quantized_matmul(
     _check(x, values, scale, offset, qtype, activations)
     plan = plan_for(x, values, scale, qtype, offset is not None, activations, blocks, gpus.current())
     tile = plan.tile
-    scales = {"scale": scale} if offset is None else {"scale": scale, "offset": offset.astype(scale.dtype)}
-    scales = {name: _wide(array) for name, array in scales.items()}
-    if activations == "int8":
-        x, step = _rounded(x, scale.shape[0])
-        scales["step"] = jnp.pad(step, ((0, 0), (0, max(tile.rows, 32) - M)))
-    if I % 64:
-        x = jnp.pad(x, ((0, 0), (0, -I % 64)))
+    x, scales = prepared(tile, x, scale, offset)
     whole = plan.splits == 1
     out = jax.ShapeDtypeStruct((1, M, O) if whole else (plan.splits, M, O), x.dtype if whole else jnp.float32)
     parts = _call(plan, x, values, scales, out)
@@ -121,22 +113,17 @@ def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
 def shared_bytes(plan: Plan) -> int:
     """Return the shared memory that a block takes."""
     tile = plan.tile
-    scales = 4 * tile.outputs * (1 + tile.offset) + (4 * max(tile.rows, 32) if tile.rounded else 0)
-    kept = scales * _groups(tile)
+    scales = 4 * tile.outputs * (1 + tile.offset) + (4 * tile.row_of_steps if tile.rounded else 0)
+    kept = scales * tile.groups
     stage = tile.outputs * tile.lines * LINE + tile.rows * tile.inputs * 2 + (kept if tile.segment else 0)
     return plan.stages * stage + (0 if tile.segment else kept) + KEPT
-
-
-def _groups(tile: Tile) -> int:
-    """Return the groups of a step."""
-    return tile.lines * BANKS // tile.segment if tile.segment else 1
 
 
 def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: Any) -> Array:
     """Return the sums of each split `[splits, M, O]`, scaled."""
     tile = plan.tile
     names = list(scales)
-    widths = {"scale": tile.outputs, "offset": tile.outputs, "step": max(tile.rows, 32)}
+    widths = {"scale": tile.outputs, "offset": tile.outputs, "step": tile.row_of_steps}
     slots = plan.stages if tile.segment else 1
     swizzle = plgpu.SwizzleTransform(LINE)
     tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
@@ -146,7 +133,7 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
             (plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)
         ),
         "x": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
-        "kept": {n: plgpu.SMEM((slots, _groups(tile), widths[n]), scales[n].dtype) for n in names},
+        "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         "ready": plgpu.Barrier(num_arrivals=len(scales)),
     }
@@ -176,7 +163,7 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
         def copy_scales(group, slot, barrier):
             for name, ref in zip(names, scale_refs, strict=True):
                 columns = pl.ds(top if name == "step" else start, widths[name])
-                plgpu.copy_gmem_to_smem(ref.at[pl.ds(group, _groups(tile)), columns], kept[name].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(ref.at[pl.ds(group, tile.groups), columns], kept[name].at[slot], barrier)
 
         def begin(step, _):
             copy(step)
@@ -198,7 +185,7 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
 
             return sums
 
-        zeros = plgpu.layout_cast(jnp.zeros((128 * tile.sums,), jnp.float32), _layout(tile.sums))
+        zeros = plgpu.layout_cast(jnp.zeros((128 * tile.carried,), jnp.float32), _layout(tile.carried))
         sums = jax.lax.fori_loop(0, count, advance, zeros)
         if not tile.segment:
             plgpu.barrier_wait(ready)
@@ -222,38 +209,21 @@ def _layout(registers: int) -> Any:
     return plgpu.Layout.WG_STRIDED((128 * registers,), 1)
 
 
-def _packed(sums: list[Any]) -> Any:
-    import numpy as np
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import vector
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    registers = np.array([vector.broadcast(one, value) for value in sums], dtype=object)
-    layout = mgpu.WGStridedFragLayout((128 * len(sums),), 1)
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def _unpacked(sums: Any) -> list[Any]:
-    from jaxlib.mlir.dialects import vector
-    return [
-        vector.extract(register, dynamic_position=[], static_position=[0]) for register in sums.registers.flat
-    ]
-
-
 def _multiply(tile, sums, weight, x, scales):
     """Return the sums with those of a step's products added."""
     swizzle = plgpu.SwizzleTransform(LINE)
     tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
-    layout = _layout(tile.sums)
+    layout = _layout(tile.carried)
 
     @plgpu.inline_mgpu(
         arg_types=(
             layout, plgpu.RefType((swizzle,)), plgpu.RefType((tiling, swizzle)), {n: plgpu.RefType() for n in scales},
         ),
-        return_type=plgpu.ShapeDtypeStruct((128 * tile.sums,), jnp.float32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((128 * tile.carried,), jnp.float32, layout=layout),
     )  # fmt: skip
     def run(ctx, sums, weight, x, scales):
         del ctx
-        return _packed(gpu_registers.multiply(tile, _unpacked(sums), weight, x, scales))
+        return gpu_words.carried(gpu_registers.multiply(tile, gpu_words.uncarried(sums), weight, x, scales))
 
     return run(sums, weight, x, scales)
 
@@ -261,20 +231,19 @@ def _multiply(tile, sums, weight, x, scales):
 def _finish(tile, sums, out_ref, scales, row, output, out):
     """Write the sums where they belong, scaled if there is one group."""
     number = plgpu.Layout.WG_SPLAT(())
-    size = jnp.dtype(out.dtype).itemsize
 
     @plgpu.inline_mgpu(
-        arg_types=(_layout(tile.sums), plgpu.RefType(), {n: plgpu.RefType() for n in scales}, number, number),
+        arg_types=(_layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales}, number, number),
         return_type=(),
     )
     def run(ctx, sums, out_ref, scales, row, output):
         del ctx
-        sums = _unpacked(sums)
+        sums = gpu_words.uncarried(sums)
         if not tile.segment:
-            zeros = [gpu_registers._float(0.0)] * len(sums)
-            sums = gpu_registers.scaled(tile, None, zeros, sums, scales, 0)
-        where = row.registers.item(), output.registers.item()
-        gpu_registers.store(tile, sums, out_ref, size, where, out.shape[1:])
+            zeros = [gpu_words.real(0.0)] * len(sums)
+            sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, scales, 0)
+        row, output = row.registers.item(), output.registers.item()
+        gpu_registers.store(tile, sums, out_ref, row, output, out.shape[1:])
         return ()
 
     run(sums, out_ref, scales, row, output)
@@ -290,6 +259,17 @@ def _meet():
         return ()
 
     run()
+
+
+def prepared(tile: Tile, x: Array, scale: Array, offset: Array | None) -> tuple[Array, dict[str, Array]]:
+    """Return x and its scales, by name, as the copies can read them."""
+    M, I = x.shape
+    scales = {"scale": scale} if offset is None else {"scale": scale, "offset": offset.astype(scale.dtype)}
+    scales = {name: _wide(array) for name, array in scales.items()}
+    if tile.rounded:
+        x, step = _rounded(x, scale.shape[0])
+        scales["step"] = jnp.pad(step, ((0, 0), (0, tile.row_of_steps - M)))
+    return (jnp.pad(x, ((0, 0), (0, -I % 64))) if I % 64 else x), scales
 
 
 def _rounded(x: Array, groups: int) -> tuple[Array, Array]:
