@@ -17,7 +17,8 @@ int8 faster, a bfloat16 x of a four-bit weight is taken in steps of max |x| / 16
 Sums are float32 and are rounded once. (LLM.int8(), 2208.07339; AWQ, 2306.00978; SmoothQuant, 2211.10438.)
 """
 
+from pallas_kernels.quantized_matmul.gpu import quantized_matmul as gpu
 from pallas_kernels.quantized_matmul.reference import quantized_matmul as reference
 from pallas_kernels.quantized_matmul.tpu import quantized_matmul as tpu
 
-__all__ = ["reference", "tpu"]
+__all__ = ["gpu", "reference", "tpu"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.case import Case, Kernel
-from pallas_kernels.quantized_matmul import reference, tpu
+from pallas_kernels.quantized_matmul import gpu, reference, tpu
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, codes, dequantize
 from pallas_kernels.quantized_matmul.tpu import shape_class
 
@@ -168,5 +168,5 @@ def _bf16_bytes(case: Case) -> float:
 
 KERNEL = Kernel(
     "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
-    {"bf16": _bf16_bytes},
+    {"bf16": _bf16_bytes}, gpu=gpu, gpu_peers={"xla": _xla, "bf16": _bf16},
 )  # fmt: skip

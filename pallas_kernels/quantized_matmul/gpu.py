@@ -1,0 +1,309 @@
+"""Quantized product on a Hopper GPU: the weight streams once through shared memory, and becomes floats in registers.
+
+The weight is the left side of the matrix instructions and x, of few rows, the right one: y^T = W x^T. Each block has
+some outputs, and some of the inputs where there are too few outputs for every processor; a ring of stages keeps the
+copies ahead of it. A group's sum is kept apart and scaled in float32. See `gpu_registers` for the work of a thread.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import calls, gpus
+from pallas_kernels.quantized_matmul import gpu_registers, gpu_words
+from pallas_kernels.quantized_matmul.gpu_registers import BANKS, CHUNK, LINE, Tile
+from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
+
+LETTERS = {"bfloat16": "bf16", "float16": "f16"}
+MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
+KEPT = 2048  # bytes of shared memory a block that are not ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a product is cut: `steps` of a tile's inputs in all, of which each of `splits` blocks has `each`."""
+
+    tile: Tile
+    stages: int
+    steps: int
+    each: int
+    splits: int
+
+
+def quantized_matmul(
+    x: Float[Array, "M I"],
+    values: Array,
+    scale: Float[Array, "G O"],
+    *,
+    qtype: str,
+    offset: Float[Array, "G O"] | None = None,
+    activations: str | None = None,
+    blocks: dict[str, int] | None = None,
+    interpret: calls.Interpret = False,
+) -> Float[Array, "M O"]:
+    """Return what the contract of this folder says; x may be float16 too.
+
+    `blocks`: outputs a block (64, 128 or 256), lines of 128 bytes of each a step, stages of the ring, and splits of the
+    inputs over blocks; by default what fills the GPU.
+
+    Raises:
+        NotImplementedError: a qtype, dtype, number of rows, or groups, that the kernel does not know.
+        ValueError: shapes that do not fit.
+    """
+    if interpret:
+        raise NotImplementedError("interpret: the kernel is written in the GPU's instructions")
+    M, I = x.shape
+    O = values.shape[0]
+    _check(x, values, scale, offset, qtype, activations)
+    plan = plan_for(x, values, scale, qtype, offset is not None, activations, blocks, gpus.current())
+    tile = plan.tile
+    x, scales = prepared(tile, x, scale, offset)
+    whole = plan.splits == 1
+    out = jax.ShapeDtypeStruct((1, M, O) if whole else (plan.splits, M, O), x.dtype if whole else jnp.float32)
+    parts = _call(plan, x, values, scales, out)
+    return parts.reshape(M, O) if whole else parts.sum(axis=0).astype(x.dtype)
+
+
+def plan_for(
+    x: Any, values: Any, scale: Any, qtype: str, offset: bool, activations: str | None,
+    blocks: dict[str, int] | None, gpu: gpus.Gpu,
+) -> Plan:  # fmt: skip
+    """Return how a product is cut.
+
+    Raises:
+        NotImplementedError: groups that fit no step.
+        ValueError: blocks that need more shared memory than there is.
+    """
+    M, I = x.shape
+    O, held = values.shape
+    chosen = default_blocks(M, O, held, gpu) | (blocks or {})
+    planes = 2 if qtype in FOUR_BIT else 1
+    rows, lines = calls.round_up(M, 8), chosen["lines"]
+    G = scale.shape[0]
+    group, chunks = I // G // (CHUNK * planes), lines * BANKS
+    if G > 1 and chunks % group and group % chunks:
+        raise NotImplementedError(f"groups of {I // G} inputs: must divide {chunks * CHUNK * planes}, or be its multiple")
+    tile = Tile(
+        qtype, LETTERS[x.dtype.name], chosen["outputs"], rows, lines,
+        segment=0 if G == 1 else min(group, chunks), group=group, offset=offset, rounded=activations == "int8",
+    )  # fmt: skip
+    steps = pl.cdiv(held, lines * LINE)
+    each = pl.cdiv(steps, min(chosen["splits"], steps))
+    plan = Plan(tile, max(1, min(chosen["stages"], each)), steps, each, pl.cdiv(steps, each))
+    if (need := shared_bytes(plan)) > gpu.shared:
+        raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, and {gpu.name} gives a block {gpu.shared}")
+    return plan
+
+
+def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
+    """Return blocks for M rows and O outputs of `held` bytes: two blocks or more a processor, if there is work."""
+    outputs = 64 if O <= 64 else 128
+    tiles = pl.cdiv(O, outputs)
+    splits = max(1, round(2 * gpu.processors / tiles)) if tiles < 3 * gpu.processors // 2 else 1
+    splits = max(1, min(splits, held // (4 * LINE)))
+    return {"outputs": outputs, "lines": 1, "stages": 4, "splits": splits}
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Return the shared memory that a block takes."""
+    tile = plan.tile
+    scales = 4 * tile.outputs * (1 + tile.offset) + (4 * tile.row_of_steps if tile.rounded else 0)
+    kept = scales * tile.groups
+    stage = tile.outputs * tile.lines * LINE + tile.rows * tile.inputs * 2 + (kept if tile.segment else 0)
+    return plan.stages * stage + (0 if tile.segment else kept) + KEPT
+
+
+def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: Any) -> Array:
+    """Return the sums of each split `[splits, M, O]`, scaled."""
+    tile = plan.tile
+    names = list(scales)
+    widths = {"scale": tile.outputs, "offset": tile.outputs, "step": tile.row_of_steps}
+    slots = plan.stages if tile.segment else 1
+    swizzle = plgpu.SwizzleTransform(LINE)
+    tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
+    copies = tile.lines + 1 + (len(scales) if tile.segment else 0)
+    scratch = {
+        "weight": plgpu.SMEM(
+            (plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)
+        ),
+        "x": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
+        "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
+        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
+        "ready": plgpu.Barrier(num_arrivals=len(scales)),
+    }
+
+    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready):
+        *scale_refs, out_ref = refs
+        block, split = jax.lax.axis_index("block"), jax.lax.axis_index("split")
+        first = split * plan.each
+        count = jnp.minimum(plan.each, plan.steps - first)
+        start = block * tile.outputs
+        top = jnp.int32(0) * block  # past the end of x the copies bring zeros: known bounds would be refused
+
+        def copy(step):
+            slot = jax.lax.rem(step, plan.stages)
+            at = first + step
+            for line in range(tile.lines):
+                plgpu.copy_gmem_to_smem(
+                    values_ref.at[pl.ds(start, tile.outputs), pl.ds((at * tile.lines + line) * LINE, LINE)],
+                    weight.at[slot, line],
+                    full.at[slot],
+                )
+            inputs = pl.ds(at * tile.inputs, tile.inputs)
+            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(top, tile.rows), inputs], x.at[slot], full.at[slot])
+            if tile.segment:
+                copy_scales(jax.lax.div(at * (tile.lines * BANKS), tile.group), slot, full.at[slot])
+
+        def copy_scales(group, slot, barrier):
+            for name, ref in zip(names, scale_refs, strict=True):
+                columns = pl.ds(top if name == "step" else start, widths[name])
+                plgpu.copy_gmem_to_smem(ref.at[pl.ds(group, tile.groups), columns], kept[name].at[slot], barrier)
+
+        def begin(step, _):
+            copy(step)
+
+        if not tile.segment:
+            copy_scales(top, 0, ready)
+        jax.lax.fori_loop(0, jnp.minimum(plan.stages, count), begin, None)
+
+        def advance(step, sums):
+            slot = jax.lax.rem(step, plan.stages)
+            plgpu.barrier_wait(full.at[slot])
+            here = {name: kept[name].at[slot if tile.segment else 0] for name in names}
+            sums = _multiply(tile, sums, weight.at[slot], x.at[slot], here)
+
+            @pl.when(step + plan.stages < count)
+            def _():
+                _meet()  # everyone has read the slot
+                copy(step + plan.stages)
+
+            return sums
+
+        zeros = plgpu.layout_cast(jnp.zeros((128 * tile.carried,), jnp.float32), _layout(tile.carried))
+        sums = jax.lax.fori_loop(0, count, advance, zeros)
+        if not tile.segment:
+            plgpu.barrier_wait(ready)
+        here = {name: kept[name].at[0] for name in names}
+        _finish(tile, sums, out_ref, here, split * out.shape[1], start, out)
+
+    run = plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=(pl.cdiv(values.shape[0], tile.outputs), plan.splits),
+        grid_names=("block", "split"),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="quantized_matmul",
+    )
+    return run(x, values, *scales.values())
+
+
+def _layout(registers: int) -> Any:
+    """Return a layout that stands for some registers of each thread, whatever is in them."""
+    return plgpu.Layout.WG_STRIDED((128 * registers,), 1)
+
+
+def _multiply(tile, sums, weight, x, scales):
+    """Return the sums with those of a step's products added."""
+    swizzle = plgpu.SwizzleTransform(LINE)
+    tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
+    layout = _layout(tile.carried)
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            layout, plgpu.RefType((swizzle,)), plgpu.RefType((tiling, swizzle)), {n: plgpu.RefType() for n in scales},
+        ),
+        return_type=plgpu.ShapeDtypeStruct((128 * tile.carried,), jnp.float32, layout=layout),
+    )  # fmt: skip
+    def run(ctx, sums, weight, x, scales):
+        del ctx
+        return gpu_words.carried(gpu_registers.multiply(tile, gpu_words.uncarried(sums), weight, x, scales))
+
+    return run(sums, weight, x, scales)
+
+
+def _finish(tile, sums, out_ref, scales, row, output, out):
+    """Write the sums where they belong, scaled if there is one group."""
+    number = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(
+        arg_types=(_layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales}, number, number),
+        return_type=(),
+    )
+    def run(ctx, sums, out_ref, scales, row, output):
+        del ctx
+        sums = gpu_words.uncarried(sums)
+        if not tile.segment:
+            zeros = [gpu_words.real(0.0)] * len(sums)
+            sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, scales, 0)
+        row, output = row.registers.item(), output.registers.item()
+        gpu_registers.store(tile, sums, out_ref, row, output, out.shape[1:])
+        return ()
+
+    run(sums, out_ref, scales, row, output)
+
+
+def _meet():
+    """Wait for all threads of the block."""
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=())
+    def run(ctx):
+        del ctx
+        mgpu.warpgroup_barrier()
+        return ()
+
+    run()
+
+
+def prepared(tile: Tile, x: Array, scale: Array, offset: Array | None) -> tuple[Array, dict[str, Array]]:
+    """Return x and its scales, by name, as the copies can read them."""
+    M, I = x.shape
+    scales = {"scale": scale} if offset is None else {"scale": scale, "offset": offset.astype(scale.dtype)}
+    scales = {name: _wide(array) for name, array in scales.items()}
+    if tile.rounded:
+        x, step = _rounded(x, scale.shape[0])
+        scales["step"] = jnp.pad(step, ((0, 0), (0, tile.row_of_steps - M)))
+    return (jnp.pad(x, ((0, 0), (0, -I % 64))) if I % 64 else x), scales
+
+
+def _rounded(x: Array, groups: int) -> tuple[Array, Array]:
+    """Return x as integers of a step, and the step `[G, M]` of each group."""
+    parts = x.astype(jnp.float32).reshape(x.shape[0], groups, -1)
+    peak = jnp.abs(parts).max(axis=-1)
+    step = jnp.where(peak > 0, peak / 127.0, 1.0)
+    return jnp.round(parts / step[..., None]).astype(x.dtype).reshape(x.shape), step.T
+
+
+def _wide(scale: Array) -> Array:
+    """Return scales whose rows the copies can find: rows of whole 16 bytes."""
+    short = -scale.shape[1] % (16 // scale.dtype.itemsize)
+    return jnp.pad(scale, ((0, 0), (0, short))) if short else scale
+
+
+def _check(x, values, scale, offset, qtype, activations) -> None:
+    """Raise for what the contract does not allow, or the kernel does not know."""
+    if qtype not in QTYPES:
+        raise NotImplementedError(f"qtype={qtype!r}: must be one of {', '.join(QTYPES)}")
+    if x.dtype.name not in LETTERS:
+        raise NotImplementedError(f"x of {x.dtype}: must be bfloat16 or float16")
+    if activations not in (None, "int8"):
+        raise NotImplementedError(f"activations={activations!r}: must be None or 'int8'")
+    M, I = x.shape
+    O, held = values.shape
+    G = scale.shape[0]
+    planes = 2 if qtype in FOUR_BIT else 1
+    if M > MOST_ROWS:
+        raise NotImplementedError(f"{M} rows: at most {MOST_ROWS}")
+    if held * planes != I or scale.shape[1] != O or I % G or (offset is not None and offset.shape != scale.shape):
+        shapes = [v.shape for v in (x, values, scale, offset) if v is not None]
+        raise ValueError(f"x, values, scale, offset of {shapes}: must be [M, I], [O, bytes], [G, O], [G, O]")
+    if (I // G) % (CHUNK * planes):
+        raise NotImplementedError(f"groups of {I // G} inputs: must be whole {CHUNK * planes} of them")
+    if scale.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"scales of {scale.dtype}: must be float32 or bfloat16")

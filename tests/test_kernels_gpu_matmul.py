@@ -1,0 +1,239 @@
+"""The GPU's quantized product with no GPU: its threads run on NumPy arrays, and it is lowered as it stands."""
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from kernel_cases import case_of
+
+from pallas_kernels import gpus
+from pallas_kernels.kernels import kernel
+from pallas_kernels.quantized_matmul import gpu as quantized_matmul
+from pallas_kernels.quantized_matmul import gpu_registers, gpu_words, reference
+from pallas_kernels.quantized_matmul.gpu import plan_for, prepared
+from pallas_kernels.tolerance import BOUNDS, relative_error
+
+FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+CASES = [case.name for case in kernel("quantized_matmul").tests]
+
+
+@dataclasses.dataclass
+class Address:
+    """Where in a buffer of bytes each thread points."""
+
+    buffer: np.ndarray
+    at: np.ndarray
+
+
+def _word(value):
+    return np.full(128, value, np.uint32) if isinstance(value, int) else value
+
+
+def _halves(word, letters):
+    """Return the two floats of each thread's word `[128, 2]`."""
+    return word.astype("<u4").view(np.uint16).reshape(128, 2).view(FLOATS[letters]).astype(np.float32)
+
+
+def _joined(halves, letters):
+    return halves.astype(FLOATS[letters]).view(np.uint16).reshape(-1).view("<u4").astype(np.uint32)
+
+
+def _chosen(a, mask, bits, table):
+    inputs = [_word(v).astype(np.uint32) for v in (a, mask, bits)]
+    found = np.zeros(128, np.uint32)
+    for i in range(8):
+        if table >> i & 1:
+            terms = [v if i >> (2 - j) & 1 else ~v for j, v in enumerate(inputs)]
+            found |= terms[0] & terms[1] & terms[2]
+    return found
+
+
+def _picked(low, high, selector):
+    eight = np.stack([low, high], axis=1).astype("<u4").view(np.uint8).reshape(128, 8)
+    order = [selector >> 4 * i & 15 for i in range(4)]
+    return np.ascontiguousarray(eight[:, order]).view("<u4").reshape(128).astype(np.uint32)
+
+
+def _pairwise(op, letters, a, b):
+    a, b = _halves(a, letters), _halves(_word(b), letters)
+    return _joined(a - b if op == "sub" else a * b, letters)
+
+
+def _product(letters, sums, left, right):
+    """Return what `mma.m16n8k16` does, as the tables of its fragments in NVIDIA's PTX manual have it."""
+    thread = np.arange(128)
+    warp, row, quarter = thread // 32, thread % 32 // 4, thread % 4
+    a, b, d = np.zeros((4, 16, 16)), np.zeros((4, 16, 8)), np.zeros((4, 16, 8))
+    for i in range(4):
+        for h in (0, 1):
+            a[warp, row + 8 * (i % 2), 2 * quarter + h + 8 * (i // 2)] = _halves(left[i], letters)[:, h]
+            d[warp, row + 8 * (i // 2), 2 * quarter + i % 2] = sums[i]
+            if i < 2:
+                b[warp, 2 * quarter + h + 8 * i, row] = _halves(right[i], letters)[:, h]
+    d += a @ b
+    return [d[warp, row + 8 * (i // 2), 2 * quarter + i % 2].astype(np.float32) for i in range(4)]
+
+
+def _onward(address, by):
+    return Address(address.buffer, address.at + (by if isinstance(by, int) else by.astype(np.int32)))
+
+
+def _bytes(address, size):
+    assert (address.at % size == 0).all() and (address.at >= 0).all()
+    return np.ascontiguousarray(address.buffer[address.at[:, None] + np.arange(size)])
+
+
+def _two_words(address):
+    pair = _bytes(address, 8).view("<u4")
+    # A warp's halves read in turn: their 16 threads must be on 32 banks of four bytes.
+    for half in range(8):
+        assert len(set(address.at[16 * half : 16 * half + 16] // 8 % 16)) == 16
+    return pair[:, 0].astype(np.uint32), pair[:, 1].astype(np.uint32)
+
+
+def _one_word(address):
+    for warp in range(4):
+        assert len(set(address.at[32 * warp : 32 * warp + 32] // 4 % 32)) == 32
+    return _bytes(address, 4).view("<u4").reshape(128).astype(np.uint32)
+
+
+def _read(address, size):
+    kind = np.float32 if size == 4 else ml_dtypes.bfloat16
+    return _bytes(address, size).view(kind).reshape(128).astype(np.float32)
+
+
+def _write(address, value, size, letters, wanted):
+    kind = np.float32 if size == 4 else FLOATS[letters]
+    data = value.astype(kind).reshape(128, 1).view(np.uint8)
+    for thread in np.flatnonzero(wanted):
+        at = address.at[thread]
+        assert at >= 0 and not address.buffer.written[at], "written twice"
+        address.buffer.written[at] = True
+        address.buffer[at : at + size] = data[thread]
+
+
+class Written(np.ndarray):
+    """Bytes that know which of them were written."""
+
+
+def _pointer(ref):
+    flat = ref.reshape(-1).view(np.uint8)
+    if isinstance(ref, Written):
+        flat.written = ref.written
+    return Address(flat, np.zeros(128, np.int64))
+
+
+MACHINE = types.SimpleNamespace(
+    number=_word,
+    real=lambda value: np.full(128, value, np.float32),
+    thread=lambda: np.arange(128, dtype=np.uint32),
+    add=lambda a, b: a + _word(b),
+    times=lambda a, by: a * np.uint32(by),
+    both=lambda a, b: a & _word(b),
+    either=lambda a, b: a | b,
+    differ=lambda a, b: a ^ _word(b),
+    right=lambda a, by: a >> np.uint32(by) if by >= 0 else a << np.uint32(-by),
+    less=lambda a, b: (a.astype(np.int32) < b).astype(np.uint32),
+    chosen=_chosen,
+    picked=_picked,
+    pairwise=_pairwise,
+    fma=lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
+    product=_product,
+    pointer=_pointer,
+    width=lambda ref: ref.dtype.itemsize,
+    onward=_onward,
+    word=_one_word,
+    two_words=_two_words,
+    read=_read,
+    write=_write,
+)
+
+
+def _part(array, start, shape):
+    """Return what a copy brings: zeros past the end."""
+    found = np.zeros(shape, array.dtype)
+    inside = array[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]
+    found[tuple(slice(n) for n in inside.shape)] = inside
+    return found
+
+
+def _swizzled(lines):
+    """Return lines of 128 bytes `[..., rows, bytes]` as a copy lays them: chunk c of row r at c ^ r % 8."""
+    data = np.ascontiguousarray(lines).view(np.uint8).reshape(*lines.shape[:-1], 8, 16)
+    found = np.empty_like(data)
+    for row in range(lines.shape[-2]):
+        found[..., row, np.arange(8) ^ row % 8, :] = data[..., row, :, :]
+    return found
+
+
+def _run(plan, x, values, scales, out):
+    """Run every block of a product on NumPy arrays, as `gpu._call` has them."""
+    tile = plan.tile
+    for block in range(-(-values.shape[0] // tile.outputs)):
+        for split in range(plan.splits):
+            start, first = block * tile.outputs, split * plan.each
+            widths = {"scale": tile.outputs, "offset": tile.outputs, "step": tile.row_of_steps}
+
+            def taken(group, start=start, widths=widths):
+                return {
+                    name: _part(array, (group, 0 if name == "step" else start), (tile.groups, widths[name]))
+                    for name, array in scales.items()
+                }
+
+            sums = [np.zeros(128, np.float32)] * tile.carried
+            for at in range(first, min(first + plan.each, plan.steps)):
+                lines = [
+                    _part(values.view(np.uint8), (start, (at * tile.lines + i) * 128), (tile.outputs, 128))
+                    for i in range(tile.lines)
+                ]
+                inputs = _part(x, (0, at * tile.inputs), (tile.rows, tile.inputs))
+                inputs = inputs.reshape(tile.rows, -1, 64).transpose(1, 0, 2)
+                here = taken(at * tile.lines * 8 // tile.group) if tile.segment else {}
+                sums = gpu_registers.multiply(tile, sums, _swizzled(np.stack(lines)), _swizzled(inputs), here)
+            if not tile.segment:
+                zeros = [np.zeros(128, np.float32)] * len(sums)
+                sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, taken(0), 0)
+            rows = out.shape[1]
+            gpu_registers.store(tile, sums, out, _word(split * rows), _word(start), out.shape[1:])
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_threads(name, splits, monkeypatch):
+    found, case = case_of("quantized_matmul", name)
+    _check(case.narrowed(), {"splits": splits}, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name", ["int8_odd", "fp8_bits", "int4_groups_64", "int4_groups_128_bf16", "uint4_offset", "w4a8_groups_64"]
+)
+def test_threads_of_float16_and_other_blocks(name, monkeypatch):
+    found, case = case_of("quantized_matmul", name)
+    case = case.narrowed()
+    x = case.shapes["x"]
+    case = dataclasses.replace(case, shapes={**case.shapes, "x": jax.ShapeDtypeStruct(x.shape, jnp.float16)})
+    _check(case, {"outputs": 64, "lines": 2, "splits": 1}, monkeypatch)
+
+
+def _check(case, blocks, monkeypatch):
+    inputs = {name: jnp.asarray(v) for name, v in case.inputs().items()}
+    options = dict(case.options)
+    x, values, scale = inputs["x"], inputs["values"], inputs["scale"]
+    offset = inputs.get("offset")
+    activations = options.get("activations")
+    plan = plan_for(x, values, scale, options["qtype"], offset is not None, activations, blocks, gpus.GPUS["h100"])
+    given, scales = prepared(plan.tile, x, scale, offset)
+    M, O = x.shape[0], values.shape[0]
+    out = np.full((plan.splits, M, O), np.nan, FLOATS[plan.tile.letters] if plan.splits == 1 else np.float32)
+    out = out.view(Written)
+    out.written = np.zeros(out.nbytes, bool)
+    monkeypatch.setattr(gpu_registers, "words", MACHINE)
+    _run(plan, np.asarray(given), np.asarray(values), {k: np.asarray(v) for k, v in scales.items()}, out)
+    found = np.asarray(out, np.float32).sum(axis=0)
+    expected = reference(**{**inputs, "x": x.astype(jnp.float32)}, **options)
+    assert relative_error(found, expected) <= BOUNDS["bfloat16"] / 2
