@@ -17,6 +17,7 @@ of `gradient.py` is the same and has a gradient. (FlashAttention, 2205.14135; 23
 """
 
 from pallas_kernels.prefill_attention.reference import prefill_attention as reference
+from pallas_kernels.prefill_attention.gpu import prefill_attention as gpu
 from pallas_kernels.prefill_attention.tpu import prefill_attention as tpu
 
-__all__ = ["reference", "tpu"]
+__all__ = ["gpu", "reference", "tpu"]
