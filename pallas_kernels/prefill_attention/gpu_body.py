@@ -20,6 +20,7 @@ from pallas_kernels.calls import rem
 from pallas_kernels.prefill_attention.gpu_plan import Items, Plan
 
 ROWS = 64  # queries of a warpgroup: what its matrix instruction takes
+TILE = 64  # lanes of a tile in shared memory
 LEAST = -1e30  # the peak of what sees nothing: finite, so that no infinities are subtracted
 LOG2E = math.log2(math.e)
 REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread, where there are so many warpgroups that multiply
@@ -28,7 +29,7 @@ REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread, where there are so many wa
 def scratch(plan: Plan, H: int, dtype: Any, stages: int, return_lse: bool) -> dict[str, Any]:
     """Return what a block has in shared memory: tiles as the matrix unit takes them, and barriers."""
     groups = plan.queries // ROWS
-    tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiles = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
     found = {
         "queries": plgpu.SMEM((groups, ROWS, H), dtype, transforms=tiles),  # later the output
         "keys": plgpu.SMEM((stages, plan.slots, H), dtype, transforms=tiles),
@@ -46,7 +47,6 @@ def scratch(plan: Plan, H: int, dtype: Any, stages: int, return_lse: bool) -> di
 def body(*refs, names: list[str], plan: Plan, scale: float, softcap: float | None, memory: dict[str, Any]):
     """Attend: one block of queries of one head a grid point. `names` are those of the arrays in GPU memory."""
     arrays = dict(zip(names, refs, strict=True))
-    b, head, i = plan.at(lax.axis_index("tile"))
     group = lax.axis_index("group")
     groups = plan.queries // ROWS
     registers = REGISTERS[groups]
@@ -55,19 +55,20 @@ def body(*refs, names: list[str], plan: Plan, scale: float, softcap: float | Non
         @pl.when(group < groups)
         def _():
             plgpu.set_max_registers(registers[0], action="increase")
-            items = Items(plan, arrays, b, head, i)
-            _attend(arrays, held, items, plan, group, b, head, i, scale, softcap)
+            _attend(arrays, held, plan, group, scale, softcap)
 
         @pl.when(group == groups)
         def _():
             plgpu.set_max_registers(registers[1], action="decrease")
-            _copy(arrays, held, Items(plan, arrays, b, head, i), plan, b, head, i)
+            _copy(arrays, held, plan)
 
     pl.run_scoped(run, **memory, collective_axes="group")
 
 
-def _copy(arrays, held, items, plan, b, head, i):
+def _copy(arrays, held, plan):
     """Copy a block of queries, and all blocks of keys and values that it needs."""
+    b, head, i = plan.at(lax.axis_index("tile"))
+    items = Items(plan, arrays, b, head, i)
     stages = held["keys"].shape[0]
     key_head = lax.div(head, jnp.int32(plan.N // plan.K))
     for group in range(plan.queries // ROWS):
@@ -93,17 +94,22 @@ def _copy(arrays, held, items, plan, b, head, i):
     lax.fori_loop(0, items.total, step, ())
 
 
-def _attend(arrays, held, items, plan, group, b, head, i, scale, softcap):
+def _attend(arrays, held, plan, group, scale, softcap):
     """Attend for 64 queries, and write their output."""
+    b, head, i = plan.at(lax.axis_index("tile"))
+    items = Items(plan, arrays, b, head, i)
     groups, stages, slots = plan.queries // ROWS, held["keys"].shape[0], plan.slots
     H, dtype = held["queries"].shape[-1], held["queries"].dtype
     queries = held["queries"].at[group]
     following = jnp.where(group == groups - 1, 0, group + 1)
     token = i * plan.queries + group * ROWS
-    at = items.position + token
-    low = None
+    sums = plgpu.Layout.WGMMA.reduce(1)
+    seen_from = None
     if plan.ragged:
-        low = plgpu.load(arrays["low"], (b, pl.ds(token, ROWS)), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        seen_from = plgpu.load(arrays["low"], (b, pl.ds(token, ROWS)), layout=sums, optimized=False)
+    seen_from, seen_to = items.seen(
+        items.position + token + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=sums), seen_from
+    )
 
     def weigh(scores, base, masked, peak, total):
         """Return the weights of a block's scores, the new peak and total, and what the sums before shrink by."""
@@ -113,10 +119,14 @@ def _attend(arrays, held, items, plan, group, b, head, i, scale, softcap):
             factor = 1.0
 
         def hide(scores):
-            row = at + plgpu.broadcasted_iota(jnp.int32, (ROWS, slots), 0, layout=plgpu.Layout.WGMMA)
-            slot = base + plgpu.broadcasted_iota(jnp.int32, (ROWS, slots), 1, layout=plgpu.Layout.WGMMA)
-            lows = None if low is None else lax.broadcast_in_dim(low, (ROWS, slots), [0])
-            return jnp.where(items.seen(row, lows, slot), scores, -jnp.inf)
+            lane = plgpu.broadcasted_iota(jnp.int32, (ROWS, slots), 1, layout=plgpu.Layout.WGMMA)
+            first, end = (
+                None if x is None else lax.broadcast_in_dim(x - base, (ROWS, slots), [0]) for x in (seen_from, seen_to)
+            )
+            found = lane < end
+            if first is not None:
+                found &= (lane >= first) | (lane < plan.sinks - base) if plan.sinks else lane >= first
+            return jnp.where(found, scores, -jnp.inf)
 
         if masked is None:
             scores = lax.cond(items.is_whole(base), lambda x: x, hide, scores)
@@ -127,9 +137,8 @@ def _attend(arrays, held, items, plan, group, b, head, i, scale, softcap):
         weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(top, scores.shape, [0]))
         return weights, top, total * shrink + weights.sum(axis=1), shrink
 
-    def await_values(stage, base, masked):
-        """Wait for a block of values; zero those that the row does not have, which may be NaN, and 0 * NaN is NaN."""
-        plgpu.barrier_wait(held["values_ready"].at[stage])
+    def clean_values(stage, base, masked):
+        """Zero the values that the row does not have: they may be NaN, and 0 * NaN is NaN."""
         if masked is False or not plan.bounded:
             return
 
@@ -137,9 +146,11 @@ def _attend(arrays, held, items, plan, group, b, head, i, scale, softcap):
         def _():
             # Every warpgroup does, for itself: all write the same, so none has to wait for another.
             for first in range(0, slots, ROWS):
-                part = held["values"].at[stage, pl.ds(first, ROWS)]
-                slot = base + first + plgpu.broadcasted_iota(jnp.int32, (ROWS, H), 0, layout=plgpu.Layout.WGMMA)
-                part[...] = jnp.where(slot < items.length, part[...], jnp.zeros((), dtype))
+                slot = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 0, layout=plgpu.Layout.WGMMA)
+                live = slot < items.length - base - first
+                for lane in range(0, H, TILE):
+                    part = held["values"].at[stage, pl.ds(first, ROWS), pl.ds(lane, TILE)]
+                    part[...] = jnp.where(live, part[...], jnp.zeros((), dtype))
             plgpu.commit_smem()
 
     def multiply_keys(scores, stage):
@@ -171,14 +182,19 @@ def _attend(arrays, held, items, plan, group, b, head, i, scale, softcap):
             # The second product is still under way.
             fresh = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
             plgpu.barrier_arrive(held["keys_free"].at[stage])
+            # The assembler moves nothing over a wait for a barrier: here it keeps masks out of the registers while the
+            # first product is under way, below it keeps the exponentials before the wait for the second.
+            if masked is not False:
+                plgpu.barrier_wait(held["values_ready"].at[stage])
             for ref, value in zip(found, weigh(fresh, base, masked, peak, total), strict=True):
                 ref[...] = value
-            # A wait that the assembler moves nothing over, so that the exponentials come before that for the product.
-            await_values(stage, base, masked)
+            if masked is False:
+                plgpu.barrier_wait(held["values_ready"].at[stage])
 
         state = (plgpu.ACC.init(acc), plgpu.ACC.init(no_scores), no_scores, peak, total, peak)
         acc, _, wide, peak, total, shrink = pl.run_state(multiply)(state)
         plgpu.barrier_arrive(held["values_free"].at[before])
+        clean_values(stage, base, masked)
         acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
         return acc, peak, total, wide.astype(dtype)
 
@@ -193,7 +209,6 @@ def _attend(arrays, held, items, plan, group, b, head, i, scale, softcap):
 
         return multiply
 
-    sums = plgpu.Layout.WGMMA.reduce(1)
     peak = plgpu.layout_cast(jnp.full((ROWS,), LEAST, jnp.float32), sums)
     total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), sums)
     acc = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
@@ -205,7 +220,8 @@ def _attend(arrays, held, items, plan, group, b, head, i, scale, softcap):
     plgpu.barrier_arrive(held["keys_free"].at[0])
     base = items.block(jnp.int32(0)) * slots
     wide, peak, total, _ = weigh(scores, base, masked, peak, total)
-    await_values(jnp.int32(0), base, masked)
+    plgpu.barrier_wait(held["values_ready"].at[0])
+    clean_values(jnp.int32(0), base, masked)
     carry = acc, peak, total, wide.astype(dtype)
 
     def loop(start, end, carry, masked):

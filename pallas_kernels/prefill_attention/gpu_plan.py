@@ -111,15 +111,14 @@ class Items:
         """Return whether every query sees every slot of a block that begins at slot `base`."""
         return (base >= self._low) & (base + self._plan.slots <= self._high)
 
-    def seen(self, at: jax.Array, low: jax.Array | None, slot: jax.Array) -> jax.Array:
-        """Return which slots queries at positions `at` see; `low`: where the sequence of each begins."""
+    def seen(self, at: jax.Array, low: jax.Array | None) -> tuple[jax.Array | None, jax.Array]:
+        """Return the slots that queries at positions `at` see from and up to, the sinks apart; from None: from 0.
+
+        `low`: where the sequence of each begins.
+        """
         plan = self._plan
-        found = slot <= at
-        if plan.bounded:
-            found &= slot < self.length
-        if low is not None:
-            found &= slot >= low
+        end = jnp.minimum(at + 1, self.length) if plan.bounded else at + 1
         if plan.window is not None:
-            near = slot > at - plan.window
-            found &= near | (slot < plan.sinks) if plan.sinks else near
-        return found
+            first = at - plan.window + 1
+            low = first if low is None else jnp.maximum(low, first)
+        return low, end
