@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 ANY = pltpu.HBM  # left where it is
@@ -73,3 +74,18 @@ def mlir() -> tuple[Any, Any, Any]:
     from jax.experimental.mosaic.gpu import utils
 
     return ir, llvm, utils
+
+
+def transposed(ref: Any) -> Any:
+    """Return a matrix in a GPU's shared memory with its axes swapped."""
+    return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
+
+
+def gpu_params() -> Any:
+    """Return the parameters of a Mosaic GPU call: every thread's own code, and the fast exponentials."""
+    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+def gpu_kernel(body: Any, *, name: str, interpret: Any = False, **options: Any) -> Any:
+    """Return a function of arrays that runs a Mosaic GPU kernel."""
+    return plgpu.kernel(body, kernel_name=name, compiler_params=gpu_params(), interpret=interpret, **options)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,7 @@ from kernel_cases import case_of
 
 from pallas_kernels import gpus
 from pallas_kernels.kernels import kernel
-from pallas_kernels.quantized_matmul import gpu as quantized_matmul
-from pallas_kernels.quantized_matmul import gpu_registers, gpu_words, reference
+from pallas_kernels.quantized_matmul import gpu_registers, reference
 from pallas_kernels.quantized_matmul.gpu import plan_for, prepared
 from pallas_kernels.tolerance import BOUNDS, relative_error
 

@@ -68,7 +68,15 @@ class Dense:
         return 1 if self.dtypes[1] is None else 2
 
     def copies(
-        self, refs: dict[str, Any], memory: dict[str, Any], name: str, b: Any, head: Any, base: Any, end: Any, stage: Any
+        self,
+        refs: dict[str, Any],
+        memory: dict[str, Any],
+        name: str,
+        b: Any,
+        head: Any,
+        base: Any,
+        end: Any,
+        stage: Any,
     ) -> None:
         """Start to copy the block of keys, "k", or values, "v", from slot `base`, with its scales."""
         del end

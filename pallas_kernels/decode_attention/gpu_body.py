@@ -196,9 +196,7 @@ def _scores(plan: Plan, memory: dict[str, Any], stage: Any) -> Any:
     return found
 
 
-def _mixed(
-    plan: Plan, memory: dict[str, Any], stage: Any, whole: Any, alive: Any, weights: Any, acc: Any
-) -> Any:
+def _mixed(plan: Plan, memory: dict[str, Any], stage: Any, whole: Any, alive: Any, weights: Any, acc: Any) -> Any:
     """Return `acc`, `[H, columns]`, and to it the block's values under the weights; zero where nothing is alive."""
     plgpu.barrier_wait(memory["v_barrier"].at[stage])
     values = memory["v"].at[stage]

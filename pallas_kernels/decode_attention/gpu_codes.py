@@ -41,9 +41,7 @@ def widen(ref: Any, layout: Any = None) -> Any:
 
 
 def _from_float8(codes: Any) -> Any:
-    @plgpu.inline_mgpu(
-        arg_types=(BYTES,), return_type=plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=BYTES)
-    )
+    @plgpu.inline_mgpu(arg_types=(BYTES,), return_type=plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=BYTES))
     def convert(_: Any, x: Any) -> Any:
         ir, llvm, utils = compat.mlir()
         word, bfloat16 = ir.IntegerType.get_signless(32), ir.BF16Type.get()

@@ -1,6 +1,5 @@
 """The call of decode attention on Hopper, whatever holds the cache: queries are packed, splits merged."""
 
-import functools
 from typing import Any
 
 import jax
@@ -95,9 +94,7 @@ def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
     swizzle(H, queries), swizzle(H, stored)
 
 
-def default_blocks(
-    grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any
-) -> dict[str, int]:
+def default_blocks(grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any) -> dict[str, int]:
     """Return blocks of which two or three are resident on a processor, and splits that fill all processors once."""
     gpu = gpus.current()
     slots, resident = 64, 2
@@ -130,9 +127,7 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         grid_names=("rows", "splits"),
         kernel_name=name,
         scratch_types=list(memory.values()),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({"interpret": interpret} if interpret else {}),
     )
     return dict(zip(shapes, call(*inputs.values()), strict=True))

@@ -100,7 +100,15 @@ class Paged:
         return pages + (0 if self.dtypes[1] is None else 1 if self._gathered else pages)
 
     def copies(
-        self, refs: dict[str, Any], memory: dict[str, Any], name: str, b: Any, head: Any, base: Any, end: Any, stage: Any
+        self,
+        refs: dict[str, Any],
+        memory: dict[str, Any],
+        name: str,
+        b: Any,
+        head: Any,
+        base: Any,
+        end: Any,
+        stage: Any,
     ) -> None:
         """Start to copy the block of keys, "k", or values, "v", from slot `base`, with its scales."""
         to, barrier, scale = memory[name].at[stage], memory[f"{name}_barrier"].at[stage], f"{name}_scale"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.case import Case, Kernel
-from pallas_kernels.prefill_attention import reference, tpu
+from pallas_kernels.prefill_attention import gpu, reference, tpu
 from pallas_kernels.prefill_attention.peers import PEERS
 from pallas_kernels.prefill_attention.tpu import shape_class
 
@@ -144,11 +144,16 @@ def _real(name: str, G: int, T: int, S: int, pairs: float, **options: Any) -> Ca
 def _sparse(name: str, block: tuple[int, int]) -> Case:
     """Return a quarter of the blocks of causal attention over 8192 tokens."""
     lists = random_lists(1, 1, 8192, 8192, block, 0.25)
-    pairs = 0.0
-    for i, count in enumerate(lists[0][0, 0]):
-        slots = (lists[1][0, 0, i, :count, None] * block[1] + np.arange(block[1])).ravel()
-        pairs += sum((slots <= token).sum() for token in range(i * block[0], (i + 1) * block[0]))
+    pairs = _pairs(lists[0][0, 0], lists[1][0, 0], block)
     return _real(name, 1, 8192, 8192, pairs, sparse=lists, sparse_block=block)
+
+
+def _pairs(counts: np.ndarray, lists: np.ndarray, block: tuple[int, int]) -> float:
+    """Return the pairs of a query and a slot that it sees, of one row and head with its lists."""
+    bq, bk = block
+    tokens = np.arange(len(counts))[:, None, None] * bq + np.arange(bq)  # [Tq, 1, bq]
+    seen = np.clip(tokens + 1 - lists[:, :, None] * bk, 0, bk).sum(-1)
+    return float(seen[np.arange(lists.shape[1]) < counts[:, None]].sum())
 
 
 _4K, _8K = 4096 * 4097 / 2, 8192 * 8193 / 2  # pairs of causal attention
@@ -170,4 +175,39 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     return [{"queries": queries, "slots": 512, "rows": rows, "buffers": 2} for queries, rows in sizes]
 
 
-KERNEL = Kernel("prefill_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, PEERS)
+def _gpu(name: str, T: int, S: int, pairs: float, **options: Any) -> Case:
+    """Return a case of 16384 tokens of 32 query heads and 8 key heads, as many rows of T as that takes."""
+    return case(name, 16384 // T, T, 8, 4, S, 128, pairs=pairs, **options)
+
+
+def _gpu_sparse(name: str, block: tuple[int, int]) -> Case:
+    lists = random_lists(2, 8, 8192, 8192, block, 0.25)
+    pairs = sum(_pairs(lists[0][at], lists[1][at], block) for at in np.ndindex(2, 8)) / 16
+    return _gpu(name, 8192, 8192, pairs, sparse=lists, sparse_block=block)
+
+
+_16K = 16384 * 16385 / 2
+GPU_TIMED = [
+    _gpu("gpu_s4096", 4096, 4096, _4K),
+    _gpu("gpu_s8192", 8192, 8192, _8K),
+    _gpu("gpu_s16384", 16384, 16384, _16K),
+    _gpu("gpu_s8192_window", 8192, 8192, 1024 * 1025 / 2 + 7168 * 1024, window=1024),
+    _gpu("gpu_t512_s8192", 512, 8192, 512 * 7680 + 512 * 513 / 2, position=[7680] * 32),
+    _gpu_sparse("gpu_s8192_sparse", (512, 512)),
+]
+
+
+def gpu_candidates(case: Case) -> list[dict[str, int]]:
+    """Return blocks to try on a GPU."""
+    H = case.shapes["q"].shape[3]
+    if H == 128:
+        return [{"queries": 128, "slots": 128, "stages": 2}, {"queries": 128, "slots": 64, "stages": 4}]
+    if H == 64:
+        return [{"queries": n, "slots": 128, "stages": 4} for n in (128, 192)]
+    return [{"queries": 128, "slots": 64, "stages": 2}]
+
+
+KERNEL = Kernel(
+    "prefill_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, PEERS,
+    gpu=gpu, gpu_candidates=gpu_candidates, gpu_timed=GPU_TIMED,
+)  # fmt: skip

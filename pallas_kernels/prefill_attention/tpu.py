@@ -48,7 +48,7 @@ def prefill_attention(
     """
     B, T, N, _ = q.shape
     K, S = k.shape[1:3]
-    _check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
+    check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
     chosen = blocks or tuning.blocks(
         "prefill_attention", chips.current().name, shape_class(q, k, lists=lists, window=window)
     )
@@ -94,7 +94,7 @@ def shape_class(q: Any, k: Any, *_, lists: Any = None, window: int | None = None
     }
 
 
-def _check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale):
+def check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale):
     if starts is not None and (position is not None or k.shape[2] != q.shape[1]):
         raise ValueError(f"starts: token t is in slot t, so S={k.shape[2]} must be T={q.shape[1]}, with no position")
     if starts is not None and window is not None and sinks:

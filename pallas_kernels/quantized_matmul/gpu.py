@@ -88,7 +88,9 @@ def plan_for(
     G = scale.shape[0]
     group, chunks = I // G // (CHUNK * planes), lines * BANKS
     if G > 1 and chunks % group and group % chunks:
-        raise NotImplementedError(f"groups of {I // G} inputs: must divide {chunks * CHUNK * planes}, or be its multiple")
+        raise NotImplementedError(
+            f"groups of {I // G} inputs: must divide {chunks * CHUNK * planes}, or be its multiple"
+        )
     tile = Tile(
         qtype, LETTERS[x.dtype.name], chosen["outputs"], rows, lines,
         segment=0 if G == 1 else min(group, chunks), group=group, offset=offset, rounded=activations == "int8",
@@ -97,7 +99,9 @@ def plan_for(
     each = pl.cdiv(steps, min(chosen["splits"], steps))
     plan = Plan(tile, max(1, min(chosen["stages"], each)), steps, each, pl.cdiv(steps, each))
     if (need := shared_bytes(plan)) > gpu.shared:
-        raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, and {gpu.name} gives a block {gpu.shared}")
+        raise ValueError(
+            f"blocks={chosen}: need {need} bytes of shared memory, and {gpu.name} gives a block {gpu.shared}"
+        )
     return plan
 
 
@@ -129,9 +133,7 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
     tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
     copies = tile.lines + 1 + (len(scales) if tile.segment else 0)
     scratch = {
-        "weight": plgpu.SMEM(
-            (plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)
-        ),
+        "weight": plgpu.SMEM((plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)),
         "x": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
         "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),

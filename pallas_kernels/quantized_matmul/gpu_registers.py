@@ -93,9 +93,7 @@ def multiply(tile: Tile, sums: list[Any], weight: Any, x: Any, scales: dict[str,
     return sums
 
 
-def scaled(
-    tile: Tile, lane: "Lane", sums: list[Any], own: list[Any], scales: dict[str, Any], group: int
-) -> list[Any]:
+def scaled(tile: Tile, lane: "Lane", sums: list[Any], own: list[Any], scales: dict[str, Any], group: int) -> list[Any]:
     """Return the sums with a group's own added, times its scales: row `group` of each of `scales`."""
     sums = list(sums)
     eights, alone = tile.eights, 4 * tile.strips * tile.eights

@@ -1,0 +1,133 @@
+"""Prefill attention on a Hopper GPU over a dense cache."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat, gpus
+from pallas_kernels.calls import Interpret, Known, round_up, scalar_math
+from pallas_kernels.prefill_attention.gpu_body import ROWS, body, scratch
+from pallas_kernels.prefill_attention.gpu_plan import Plan, together
+from pallas_kernels.prefill_attention.tpu import check
+
+HEADS = (64, 128, 256)  # head dims
+TILE = 8  # rows of a tile in shared memory
+
+
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    position: Int[Known, "B"] | None = None,
+    length: Int[Known, "B"] | None = None,
+    starts: Int[Known, "B _"] | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    counts: Int[Known, "B X _"] | None = None,
+    lists: Int[Known, "B X _ most"] | None = None,
+    sparse_block: tuple[int, int] | None = None,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
+    return_lse: bool = False,
+    blocks: dict[str, int] | None = None,
+    interpret: Interpret = False,
+):
+    """Return what the contract of this folder says.
+
+    `blocks`: queries and slots a block, stages of the ring that the slots are copied into; by default `default_blocks`.
+    Queries and slots of no whole tiles of 8 are padded first, which copies them.
+
+    Raises:
+        NotImplementedError: numbers that are not all of 16 bits; codes; another head dim than 64, 128 or 256; ragged
+            rows with sinks or at positions, or with block lists; sparse blocks that are no whole blocks of the kernel.
+        ValueError: what does not belong together; blocks that need too much shared memory.
+    """
+    B, T, N, H = q.shape
+    K, S = k.shape[1:3]
+    check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
+    _check(q, k, v, starts, k_scale)
+    chosen = blocks or default_blocks(q, k)
+    queries, slots, stages = chosen["queries"], chosen["slots"], chosen["stages"]
+    if lists is not None and (sparse_block[0] % queries or sparse_block[1] % slots):
+        raise NotImplementedError(f"sparse_block={sparse_block}: must be multiples of {queries} queries, {slots} slots")
+    plan = Plan(
+        B, T, S, N, K, queries, slots, window, sinks, starts is not None,
+        None if lists is None else (lists.shape[1], lists.shape[3]), sparse_block,
+        length is not None or starts is not None, together(B * K, 4 * H, S),
+    )  # fmt: skip
+
+    arrays = {"q": _padded(q, 1), "k": _padded(k, 2), "v": _padded(v, 2)}
+    scalars = {"position": position, "length": length}
+    if starts is not None:
+        scalars |= dict(zip(("length", "low", "low_min", "low_max"), _lows(plan, starts, length), strict=True))
+    if lists is not None:
+        scalars |= {"counts": counts.reshape(-1), "lists": lists.reshape(-1)}
+    arrays |= {name: jnp.asarray(x, jnp.int32) for name, x in scalars.items() if x is not None}
+    results = {"out": jax.ShapeDtypeStruct(arrays["q"].shape, q.dtype)}
+    if return_lse:
+        results["lse"] = jax.ShapeDtypeStruct((B, N, plan.blocks * queries), jnp.float32)
+
+    memory = scratch(plan, H, q.dtype, stages, return_lse)
+    need = sum(x.dtype.itemsize * x.size for x in map(_buffer, memory.values()) if x is not None)
+    if need > gpus.current().shared - 2048:
+        raise ValueError(f"blocks={chosen}: they need {need} bytes of shared memory; take fewer stages or slots")
+    found = compat.gpu_kernel(
+        functools.partial(body, names=[*arrays, *results], plan=plan, scale=scale, softcap=softcap, memory=memory),
+        name="prefill_attention",
+        out_type=tuple(results.values()),
+        grid=(B * N * plan.blocks,),
+        grid_names=("tile",),
+        num_threads=queries // ROWS + 1,
+        thread_name="group",
+        interpret=interpret,
+    )(*arrays.values())
+    out = found[0][:, :T]
+    return (out, found[1][:, :, :T].swapaxes(1, 2)) if return_lse else out
+
+
+def default_blocks(q: Any, k: Any) -> dict[str, int]:
+    """Return the blocks for queries and a cache."""
+    del k
+    slots, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[q.shape[3]]
+    return {"queries": 128, "slots": slots, "stages": stages}
+
+
+def _buffer(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else None
+
+
+def _padded(x: Array, axis: int) -> Array:
+    """Return `x` with whole tiles along an axis."""
+    short = round_up(x.shape[axis], TILE) - x.shape[axis]
+    return jnp.pad(x, [(0, short if n == axis else 0) for n in range(x.ndim)]) if short else x
+
+
+def _lows(plan: Plan, starts: Known, length: Known | None) -> tuple[Array, ...]:
+    """Return the lengths, the slot that each query sees from, and of each block of queries the least and the most."""
+
+    def math(starts, length):
+        starts = jnp.asarray(starts, jnp.int32)
+        token = jnp.minimum(jnp.arange(plan.blocks * plan.queries, dtype=jnp.int32), plan.T - 1)
+        before = (starts[:, None] <= token[None, :, None]).sum(-1)  # the boundaries up to a token
+        low = jnp.take_along_axis(starts, jnp.maximum(before - 1, 0), axis=1)
+        low = jnp.where(before == 0, plan.S, low)  # it sees nothing
+        ends = starts[:, -1] if length is None else jnp.minimum(starts[:, -1], jnp.asarray(length))
+        of_block = low.reshape(plan.B, plan.blocks, plan.queries)
+        return ends, low, of_block.min(-1).reshape(-1), of_block.max(-1).reshape(-1)
+
+    return scalar_math(math, starts, length)
+
+
+def _check(q, k, v, starts, k_scale):
+    if k_scale is not None:
+        raise NotImplementedError("codes with scales: the GPU kernel takes a cache of numbers")
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise NotImplementedError(f"{q.dtype}, {k.dtype} and {v.dtype}: q, k and v must be bfloat16, or all float16")
+    if q.shape[3] not in HEADS:
+        raise NotImplementedError(f"H={q.shape[3]}: must be one of {HEADS}")

@@ -1,0 +1,250 @@
+"""The kernel of prefill attention on a Hopper GPU: warpgroups that multiply by turns, and one that copies.
+
+A block has a warpgroup for every 64 queries and one more, which copies blocks of keys and values into a ring of stages.
+The former go through the slots in step: while one has the matrix unit, another computes exponentials. Within one, the
+product of a step's queries and keys is under way together with that of the weights and values of the step before it,
+which lasts on while the exponentials are computed (FlashAttention-3, 2407.08608).
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.calls import rem
+from pallas_kernels.prefill_attention.gpu_plan import Items, Plan
+
+ROWS = 64  # queries of a warpgroup: what its matrix instruction takes
+TILE = 64  # lanes of a tile in shared memory
+LEAST = -1e30  # the peak of what sees nothing: finite, so that no infinities are subtracted
+LOG2E = math.log2(math.e)
+REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread, where there are so many warpgroups that multiply
+
+
+def scratch(plan: Plan, H: int, dtype: Any, stages: int, return_lse: bool) -> dict[str, Any]:
+    """Return what a block has in shared memory: tiles as the matrix unit takes them, and barriers."""
+    groups = plan.queries // ROWS
+    tiles = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+    found = {
+        "queries": plgpu.SMEM((groups, ROWS, H), dtype, transforms=tiles),  # later the output
+        "keys": plgpu.SMEM((stages, plan.slots, H), dtype, transforms=tiles),
+        "values": plgpu.SMEM((stages, plan.slots, H), dtype, transforms=tiles),
+        "queries_ready": plgpu.Barrier(num_barriers=groups),
+        "keys_ready": plgpu.Barrier(num_barriers=stages),
+        "values_ready": plgpu.Barrier(num_barriers=stages),
+        "keys_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        "values_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        "turn": plgpu.Barrier(num_barriers=groups),
+    }
+    return found | ({"sums": plgpu.SMEM((groups, ROWS), jnp.float32)} if return_lse else {})
+
+
+def body(*refs, names: list[str], plan: Plan, scale: float, softcap: float | None, memory: dict[str, Any]):
+    """Attend: one block of queries of one head a grid point. `names` are those of the arrays in GPU memory."""
+    arrays = dict(zip(names, refs, strict=True))
+    group = lax.axis_index("group")
+    groups = plan.queries // ROWS
+    registers = REGISTERS[groups]
+
+    def run(**held):
+        @pl.when(group < groups)
+        def _():
+            plgpu.set_max_registers(registers[0], action="increase")
+            _attend(arrays, held, plan, group, scale, softcap)
+
+        @pl.when(group == groups)
+        def _():
+            plgpu.set_max_registers(registers[1], action="decrease")
+            _copy(arrays, held, plan)
+
+    pl.run_scoped(run, **memory, collective_axes="group")
+
+
+def _copy(arrays, held, plan):
+    """Copy a block of queries, and all blocks of keys and values that it needs."""
+    b, head, i = plan.at(lax.axis_index("tile"))
+    items = Items(plan, arrays, b, head, i)
+    stages = held["keys"].shape[0]
+    key_head = lax.div(head, jnp.int32(plan.N // plan.K))
+    for group in range(plan.queries // ROWS):
+        rows = pl.ds(i * plan.queries + group * ROWS, ROWS)
+        plgpu.copy_gmem_to_smem(
+            arrays["q"].at[b, rows, head], held["queries"].at[group], held["queries_ready"].at[group]
+        )
+
+    def step(item, _):
+        stage = rem(item, stages)
+        block = pl.ds(items.block(item) * plan.slots, plan.slots)
+        for source, name in (("k", "keys"), ("v", "values")):
+
+            @pl.when(item >= stages)
+            def _():
+                plgpu.barrier_wait(held[f"{name}_free"].at[stage])
+
+            plgpu.copy_gmem_to_smem(
+                arrays[source].at[b, key_head, block], held[name].at[stage], held[f"{name}_ready"].at[stage]
+            )
+        return ()
+
+    lax.fori_loop(0, items.total, step, ())
+
+
+def _attend(arrays, held, plan, group, scale, softcap):
+    """Attend for 64 queries, and write their output."""
+    b, head, i = plan.at(lax.axis_index("tile"))
+    items = Items(plan, arrays, b, head, i)
+    groups, stages, slots = plan.queries // ROWS, held["keys"].shape[0], plan.slots
+    H, dtype = held["queries"].shape[-1], held["queries"].dtype
+    queries = held["queries"].at[group]
+    following = jnp.where(group == groups - 1, 0, group + 1)
+    token = i * plan.queries + group * ROWS
+    sums = plgpu.Layout.WGMMA.reduce(1)
+    seen_from = None
+    if plan.ragged:
+        seen_from = plgpu.load(arrays["low"], (b, pl.ds(token, ROWS)), layout=sums, optimized=False)
+    seen_from, seen_to = items.seen(
+        items.position + token + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=sums), seen_from
+    )
+
+    def weigh(scores, base, masked, peak, total):
+        """Return the weights of a block's scores, the new peak and total, and what the sums before shrink by."""
+        factor = scale * LOG2E
+        if softcap is not None:
+            scores = (softcap * LOG2E) * jnp.tanh(scores * (scale / softcap))
+            factor = 1.0
+
+        def hide(scores):
+            lane = plgpu.broadcasted_iota(jnp.int32, (ROWS, slots), 1, layout=plgpu.Layout.WGMMA)
+            first, end = (
+                None if x is None else lax.broadcast_in_dim(x - base, (ROWS, slots), [0]) for x in (seen_from, seen_to)
+            )
+            found = lane < end
+            if first is not None:
+                found &= (lane >= first) | (lane < plan.sinks - base) if plan.sinks else lane >= first
+            return jnp.where(found, scores, -jnp.inf)
+
+        if masked is None:
+            scores = lax.cond(items.is_whole(base), lambda x: x, hide, scores)
+        elif masked:
+            scores = hide(scores)
+        top = jnp.maximum(peak, scores.max(axis=1) * factor)
+        shrink = jnp.exp2(peak - top)
+        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(top, scores.shape, [0]))
+        return weights, top, total * shrink + weights.sum(axis=1), shrink
+
+    def clean_values(stage, base, masked):
+        """Zero the values that the row does not have: they may be NaN, and 0 * NaN is NaN."""
+        if masked is False or not plan.bounded:
+            return
+
+        @pl.when(base + slots > items.length)
+        def _():
+            # Every warpgroup does, for itself: all write the same, so none has to wait for another.
+            for first in range(0, slots, ROWS):
+                slot = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 0, layout=plgpu.Layout.WGMMA)
+                live = slot < items.length - base - first
+                for lane in range(0, H, TILE):
+                    part = held["values"].at[stage, pl.ds(first, ROWS), pl.ds(lane, TILE)]
+                    part[...] = jnp.where(live, part[...], jnp.zeros((), dtype))
+            plgpu.commit_smem()
+
+    def multiply_keys(scores, stage):
+        plgpu.wgmma(scores, queries, compat.transposed(held["keys"].at[stage]))
+
+    def multiply_first(scores):
+        plgpu.barrier_wait(held["keys_ready"].at[0])
+
+        @pl.when(group > 0)
+        def _():
+            plgpu.barrier_wait(held["turn"].at[group])
+
+        multiply_keys(scores, 0)
+        plgpu.barrier_arrive(held["turn"].at[following])
+        return plgpu.wgmma_accumulator_load(scores)
+
+    def step(item, carry, masked):
+        stage, before = rem(item, stages), rem(item - 1, stages)
+        base = items.block(item) * slots
+        acc, peak, total, weights = carry
+
+        def multiply(refs):
+            acc, scores, *found = refs
+            plgpu.barrier_wait(held["keys_ready"].at[stage])
+            plgpu.barrier_wait(held["turn"].at[group])
+            multiply_keys(scores, stage)
+            plgpu.wgmma(acc, weights, held["values"].at[before])
+            plgpu.barrier_arrive(held["turn"].at[following])
+            # The second product is still under way.
+            fresh = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+            plgpu.barrier_arrive(held["keys_free"].at[stage])
+            # The assembler moves nothing over a wait for a barrier: here it keeps masks out of the registers while the
+            # first product is under way, below it keeps the exponentials before the wait for the second.
+            if masked is not False:
+                plgpu.barrier_wait(held["values_ready"].at[stage])
+            for ref, value in zip(found, weigh(fresh, base, masked, peak, total), strict=True):
+                ref[...] = value
+            if masked is False:
+                plgpu.barrier_wait(held["values_ready"].at[stage])
+
+        state = (plgpu.ACC.init(acc), plgpu.ACC.init(no_scores), no_scores, peak, total, peak)
+        acc, _, wide, peak, total, shrink = pl.run_state(multiply)(state)
+        plgpu.barrier_arrive(held["values_free"].at[before])
+        clean_values(stage, base, masked)
+        acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
+        return acc, peak, total, wide.astype(dtype)
+
+    def multiply_last(weights, stage):
+        def multiply(acc):
+            plgpu.barrier_wait(held["turn"].at[group])
+            plgpu.wgmma(acc, weights, held["values"].at[stage])
+
+            @pl.when(group < groups - 1)
+            def _():
+                plgpu.barrier_arrive(held["turn"].at[following])
+
+        return multiply
+
+    peak = plgpu.layout_cast(jnp.full((ROWS,), LEAST, jnp.float32), sums)
+    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), sums)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
+    no_scores = plgpu.layout_cast(jnp.zeros((ROWS, slots), jnp.float32), plgpu.Layout.WGMMA)
+    masked = None if plan.lists is not None else True
+
+    plgpu.barrier_wait(held["queries_ready"].at[group])
+    scores = lax.optimization_barrier(pl.run_scoped(multiply_first, plgpu.ACC((ROWS, slots), jnp.float32)))
+    plgpu.barrier_arrive(held["keys_free"].at[0])
+    base = items.block(jnp.int32(0)) * slots
+    wide, peak, total, _ = weigh(scores, base, masked, peak, total)
+    plgpu.barrier_wait(held["values_ready"].at[0])
+    clean_values(jnp.int32(0), base, masked)
+    carry = acc, peak, total, wide.astype(dtype)
+
+    def loop(start, end, carry, masked):
+        return lax.fori_loop(start, end, lambda item, carry: step(item, carry, masked), carry)
+
+    if plan.lists is not None:
+        carry = loop(1, items.total, carry, None)
+    else:
+        first, end = (jnp.maximum(x, 1) for x in items.whole)
+        carry = loop(1, first, carry, True)
+        carry = loop(first, end, carry, False)
+        if plan.window is not None or plan.ragged:
+            carry = loop(end, items.total, carry, True)
+    acc, peak, total, weights = carry
+    acc = pl.run_state(multiply_last(weights, rem(items.total - 1, stages)))(plgpu.ACC.init(acc))
+
+    rows = pl.ds(token, ROWS)
+    share = jnp.where(total > 0, 1 / total, 0.0)
+    queries[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(dtype)
+    if "sums" in held:
+        sums = held["sums"].at[group]
+        sums[...] = jnp.where(total > 0, peak / LOG2E + jnp.log(total), -jnp.inf)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(queries, arrays["out"].at[b, rows, head])
+    if "sums" in held:
+        plgpu.copy_smem_to_gmem(sums, arrays["lse"].at[b, head, rows])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,124 @@
+"""Which blocks of slots each block of queries reads on a GPU, and which of them need a mask: scalar arithmetic."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.calls import div, rem
+
+SECTION_BYTES = 32 * 2**20  # of keys and values that blocks running together read: they stay in the L2 cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How queries and slots are cut into blocks, and what a query sees."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    queries: int  # a block
+    slots: int  # a block
+    window: int | None
+    sinks: int
+    ragged: bool
+    lists: tuple[int, int] | None = None  # heads with lists of their own, blocks in a list where it is sparse
+    sparse_block: tuple[int, int] | None = None
+    bounded: bool = True  # `length` may be less than S
+    together: int = 1  # key heads, of whatever rows, whose blocks run together
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of queries a row."""
+        return -(-self.T // self.queries)
+
+    def at(self, index: Any) -> tuple[Any, Any, Any]:
+        """Return b, query head and block of queries of a grid point.
+
+        The query heads of the key heads that run together come first, then the blocks, the longest of them first so
+        that the last to run are short, then other key heads.
+        """
+        heads = self.together * (self.N // self.K)
+        section = div(index, heads * self.blocks)
+        within = rem(index, heads * self.blocks)
+        head = section * heads + rem(within, heads)
+        return div(head, self.N), rem(head, self.N), self.blocks - 1 - div(within, heads)
+
+
+def together(pairs: int, slot_bytes: int, S: int) -> int:
+    """Return how many of `pairs` key heads run together: a divisor, whose keys and values fit a part of the cache."""
+    most = max(SECTION_BYTES // (slot_bytes * S), 1)
+    return next(n for n in range(min(most, pairs), 0, -1) if pairs % n == 0)
+
+
+class Items:
+    """The blocks of slots of a block of queries, one after the other: from the last to the first, then the sinks'."""
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], b: Any, head: Any, i: Any):
+        self._plan, self._refs = plan, refs
+        slots = plan.slots
+        self.position = refs["position"][b] if "position" in refs else jnp.int32(0)
+        length = jnp.minimum(refs["length"][b], plan.S) if "length" in refs else jnp.int32(plan.S)
+        self.at = self.position + i * plan.queries
+        last = self.position + jnp.minimum((i + 1) * plan.queries, plan.T) - 1
+        if plan.lists is not None:
+            x = div(head, plan.N // plan.lists[0])
+            bq, bk = plan.sparse_block
+            self._row = (b * plan.lists[0] + x) * (-(-plan.T // bq)) + div(i, bq // plan.queries)
+            self._parts = bk // slots
+            count = refs["counts"][self._row]
+            length = jnp.where(count > 0, length, 0)  # one block is read whatever there is, and hidden
+            self.total = jnp.maximum(count * self._parts, 1)
+        self.length = length
+        self._high = jnp.maximum(jnp.minimum(self.at + 1, length), 0)  # the least that a query sees up to
+        low = high = jnp.int32(0)  # the least and the most slot that a query sees from
+        if plan.ragged:
+            low, high = refs["low_min"][b * plan.blocks + i], refs["low_max"][b * plan.blocks + i]
+        if plan.window is not None:
+            low = jnp.maximum(low, self.at - plan.window + 1)
+            high = jnp.maximum(high, last - plan.window + 1)
+        self._low = high
+        if plan.lists is not None:
+            return
+        end = div(jnp.maximum(jnp.minimum(last + 1, length), 0) + slots - 1, slots)
+        first = div(low, slots)
+        self._last = jnp.maximum(end - 1, 0)
+        self._count = jnp.maximum(end - first, 0)
+        self._apart = jnp.int32(0)
+        if plan.sinks:
+            self._apart = jnp.minimum(jnp.minimum(end, -(-plan.sinks // slots)), first)
+        self.total = jnp.maximum(self._count + self._apart, 1)
+        # Items from `whole[0]` to `whole[1]` need no mask.
+        whole_end = jnp.clip(div(self._high, slots), first, jnp.maximum(end, first))
+        whole_first = jnp.clip(div(self._low + slots - 1, slots), first, whole_end)
+        self.whole = (end - whole_end, end - whole_first)
+
+    def block(self, item: Any) -> Any:
+        """Return which block of slots an item is."""
+        if self._plan.lists is not None:
+            entry = self._refs["lists"][self._row * self._plan.lists[1] + div(item, self._parts)]
+            return entry * self._parts + rem(item, self._parts)
+        main = self._last - item
+        if not self._plan.sinks:
+            return main
+        # Where there is no item at all, the one that is read is any block: it is hidden.
+        return jnp.maximum(jnp.where(item < self._count, main, self._apart - 1 - (item - self._count)), 0)
+
+    def is_whole(self, base: Any) -> Any:
+        """Return whether every query sees every slot of a block that begins at slot `base`."""
+        return (base >= self._low) & (base + self._plan.slots <= self._high)
+
+    def seen(self, at: jax.Array, low: jax.Array | None) -> tuple[jax.Array | None, jax.Array]:
+        """Return the slots that queries at positions `at` see from and up to, the sinks apart; from None: from 0.
+
+        `low`: where the sequence of each begins.
+        """
+        plan = self._plan
+        end = jnp.minimum(at + 1, self.length) if plan.bounded else at + 1
+        if plan.window is not None:
+            first = at - plan.window + 1
+            low = first if low is None else jnp.maximum(low, first)
+        return low, end
