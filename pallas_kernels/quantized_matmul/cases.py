@@ -124,6 +124,19 @@ TIMED = [
     _real(8, 4096, "float8_e4m3fn"),
 ]
 
+FORMS = {
+    "w8a16": ("int8", None, {}),
+    "w4a16": ("int4", 128, {"scales": BF16}),
+    "fp8a16": ("float8_e4m3fn", None, {}),
+    "w8a8": ("int8", None, A8),
+}
+GPU_TIMED = [
+    case(f"{form}_m{M}_i{I}_o{O}", M, I, O, qtype, group, **options)
+    for form, (qtype, group, options) in FORMS.items()
+    for I, O in ((4096, 14336), (14336, 4096))
+    for M in (1, 8, 16)
+]
+
 
 def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     """Return blocks to try: four copies of 64 to 256 KiB or more a step."""
@@ -134,6 +147,16 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
         {"rows": rows, "outputs": outputs, "copies": 4, "lanes": width}
         for outputs in (128, 256, 512)
         for width in lanes
+    ]
+
+
+def gpu_candidates(case: Case) -> list[dict[str, int]]:
+    """Return blocks to try: 32 to 96 KiB on the way to each block, and two or more blocks a processor."""
+    O = case.shapes["values"].shape[0]
+    return [
+        {"outputs": outputs, "lines": lines, "stages": stages, "splits": splits}
+        for outputs, lines, stages in ((64, 1, 6), (64, 2, 4), (128, 1, 4), (128, 2, 3), (256, 1, 3))
+        for splits in sorted({max(1, blocks * outputs // O) for blocks in (132, 264, 528)})
     ]
 
 
@@ -168,5 +191,6 @@ def _bf16_bytes(case: Case) -> float:
 
 KERNEL = Kernel(
     "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
-    {"bf16": _bf16_bytes}, gpu=gpu, gpu_peers={"xla": _xla, "bf16": _bf16},
+    {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates,
+    gpu_peers={"xla": _xla, "bf16": _bf16}, gpu_timed=GPU_TIMED,
 )  # fmt: skip

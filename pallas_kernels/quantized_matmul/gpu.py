@@ -22,6 +22,7 @@ from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
 
 LETTERS = {"bfloat16": "bf16", "float16": "f16"}
 MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
+CLUSTER = 8  # blocks at most
 KEPT = 2048  # bytes of shared memory a block that are not ours
 
 
@@ -34,6 +35,12 @@ class Plan:
     steps: int
     each: int
     splits: int
+    cluster: bool  # the blocks of a split are a cluster, and add up their sums themselves
+
+    @property
+    def parts(self) -> int:
+        """Partial sums that are left to add up."""
+        return 1 if self.cluster else self.splits
 
 
 def quantized_matmul(
@@ -64,10 +71,9 @@ def quantized_matmul(
     plan = plan_for(x, values, scale, qtype, offset is not None, activations, blocks, gpus.current())
     tile = plan.tile
     x, scales = prepared(tile, x, scale, offset)
-    whole = plan.splits == 1
-    out = jax.ShapeDtypeStruct((1, M, O) if whole else (plan.splits, M, O), x.dtype if whole else jnp.float32)
+    out = jax.ShapeDtypeStruct((plan.parts, M, O), x.dtype if plan.parts == 1 else jnp.float32)
     parts = _call(plan, x, values, scales, out)
-    return parts.reshape(M, O) if whole else parts.sum(axis=0).astype(x.dtype)
+    return parts.reshape(M, O) if plan.parts == 1 else parts.sum(axis=0).astype(x.dtype)
 
 
 def plan_for(
@@ -95,7 +101,8 @@ def plan_for(
     )  # fmt: skip
     steps = pl.cdiv(held, lines * LINE)
     each = pl.cdiv(steps, min(chosen["splits"], steps))
-    plan = Plan(tile, max(1, min(chosen["stages"], each)), steps, each, pl.cdiv(steps, each))
+    splits = pl.cdiv(steps, each)
+    plan = Plan(tile, min(chosen["stages"], each), steps, each, splits, bool(chosen["cluster"]) and splits <= CLUSTER)
     if (need := shared_bytes(plan)) > gpu.shared:
         raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, and {gpu.name} gives a block {gpu.shared}")
     return plan
@@ -107,7 +114,7 @@ def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
     tiles = pl.cdiv(O, outputs)
     splits = max(1, round(2 * gpu.processors / tiles)) if tiles < 3 * gpu.processors // 2 else 1
     splits = max(1, min(splits, held // (4 * LINE)))
-    return {"outputs": outputs, "lines": 1, "stages": 4, "splits": splits}
+    return {"outputs": outputs, "lines": 1, "stages": 4, "splits": splits, "cluster": 1}
 
 
 def shared_bytes(plan: Plan) -> int:
@@ -116,7 +123,13 @@ def shared_bytes(plan: Plan) -> int:
     scales = 4 * tile.outputs * (1 + tile.offset) + (4 * tile.row_of_steps if tile.rounded else 0)
     kept = scales * tile.groups
     stage = tile.outputs * tile.lines * LINE + tile.rows * tile.inputs * 2 + (kept if tile.segment else 0)
-    return plan.stages * stage + (0 if tile.segment else kept) + KEPT
+    return plan.stages * stage + (0 if tile.segment else kept) + left_by(plan) * 4 + KEPT
+
+
+def left_by(plan: Plan) -> int:
+    """Return the floats that a block leaves for the others of its cluster, and some that nobody reads."""
+    tile = plan.tile
+    return 128 * calls.round_up(4 * tile.strips * tile.eights, plan.splits) if plan.cluster and plan.splits > 1 else 0
 
 
 def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: Any) -> Array:
@@ -136,9 +149,10 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
         "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         "ready": plgpu.Barrier(num_arrivals=len(scales)),
+        "left": [plgpu.SMEM((left_by(plan),), jnp.float32)] if left_by(plan) else [],
     }
 
-    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready):
+    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready, left):
         *scale_refs, out_ref = refs
         block, split = jax.lax.axis_index("block"), jax.lax.axis_index("split")
         first = split * plan.each
@@ -190,14 +204,18 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
         if not tile.segment:
             plgpu.barrier_wait(ready)
         here = {name: kept[name].at[0] for name in names}
-        _finish(tile, sums, out_ref, here, split * out.shape[1], start, out)
+        _finish(plan, sums, out_ref, here, left, split, start, out)
 
+    blocks = (pl.cdiv(values.shape[0], tile.outputs),)
+    if plan.cluster:
+        shape = {"grid": blocks, "grid_names": ("block",), "cluster": (plan.splits,), "cluster_names": ("split",)}
+    else:
+        shape = {"grid": (*blocks, plan.splits), "grid_names": ("block", "split")}
     run = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
-        grid=(pl.cdiv(values.shape[0], tile.outputs), plan.splits),
-        grid_names=("block", "split"),
+        **shape,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="quantized_matmul",
     )
@@ -228,25 +246,36 @@ def _multiply(tile, sums, weight, x, scales):
     return run(sums, weight, x, scales)
 
 
-def _finish(tile, sums, out_ref, scales, row, output, out):
-    """Write the sums where they belong, scaled if there is one group."""
+def _finish(plan, sums, out_ref, scales, left, split, output, out):
+    """Write the sums where they belong, scaled if there is one group; of a cluster, added up."""
+    tile = plan.tile
     number = plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(
-        arg_types=(_layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales}, number, number),
+        arg_types=(
+            _layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales},
+            [plgpu.RefType() for _ in left], number, number,
+        ),
         return_type=(),
-    )
-    def run(ctx, sums, out_ref, scales, row, output):
+    )  # fmt: skip
+    def run(ctx, sums, out_ref, scales, left, split, output):
         del ctx
         sums = gpu_words.uncarried(sums)
+        split, output = split.registers.item(), output.registers.item()
         if not tile.segment:
-            zeros = [gpu_words.real(0.0)] * len(sums)
+            zeros = [gpu_words.real(0.0)] * (4 * tile.strips * tile.eights)
             sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, scales, 0)
-        row, output = row.registers.item(), output.registers.item()
-        gpu_registers.store(tile, sums, out_ref, row, output, out.shape[1:])
+        shape = out.shape[1:]
+        if left:
+            gpu_registers.leave(sums, left[0])
+            gpu_words.meet()
+            gpu_registers.gather(tile, plan.splits, split, left[0], out_ref, output, shape)
+            gpu_words.meet()  # the others have read what this block left: it may end
+        else:
+            gpu_registers.store(tile, sums, out_ref, gpu_words.times(split, shape[0]), output, shape)
         return ()
 
-    run(sums, out_ref, scales, row, output)
+    run(sums, out_ref, scales, left, split, output)
 
 
 def _meet():
@@ -264,7 +293,7 @@ def _meet():
 def prepared(tile: Tile, x: Array, scale: Array, offset: Array | None) -> tuple[Array, dict[str, Array]]:
     """Return x and its scales, by name, as the copies can read them."""
     M, I = x.shape
-    scales = {"scale": scale} if offset is None else {"scale": scale, "offset": offset.astype(scale.dtype)}
+    scales = {"scale": scale} if offset is None else {"scale": scale, "offset": offset}
     scales = {name: _wide(array) for name, array in scales.items()}
     if tile.rounded:
         x, step = _rounded(x, scale.shape[0])
