@@ -2,7 +2,6 @@
 
 import dataclasses
 import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,9 @@ from kernel_cases import case_of
 
 from pallas_kernels import gpus
 from pallas_kernels.kernels import kernel
-from pallas_kernels.quantized_matmul import gpu_registers, gpu_words, reference
-from pallas_kernels.quantized_matmul.gpu import left_by, plan_for, prepared
+from pallas_kernels.quantized_matmul import gpu, gpu_registers, reference
+from pallas_kernels.quantized_matmul.cases import gpu_candidates
+from pallas_kernels.quantized_matmul.gpu import left_by, plan_for, prepared, shared_bytes
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -225,22 +225,20 @@ def _run(plan, x, values, scales, out):
 
 @pytest.mark.parametrize("name", CASES)
 def test_threads(name, monkeypatch):
-    found, case = case_of("quantized_matmul", name)
+    _, case = case_of("quantized_matmul", name)
     _check(case.narrowed(), {"splits": 1}, monkeypatch)
 
 
 @pytest.mark.parametrize("blocks", [{"splits": 2}, {"splits": 3, "outputs": 64}, {"splits": 2, "cluster": 0}])
 @pytest.mark.parametrize("name", ["int8_rows", "int4_outlier_bf16", "uint4_offset_whole", "w4a8_groups_64"])
 def test_inputs_split_over_blocks(name, blocks, monkeypatch):
-    found, case = case_of("quantized_matmul", name)
+    _, case = case_of("quantized_matmul", name)
     _check(case.narrowed(), blocks, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "name", ["int8_odd", "fp8_bits", "int4_groups_64", "uint4_offset", "w4a8_groups_64"]
-)
+@pytest.mark.parametrize("name", ["int8_odd", "fp8_bits", "int4_groups_64", "uint4_offset", "w4a8_groups_64"])
 def test_threads_of_float16_and_other_blocks(name, monkeypatch):
-    found, case = case_of("quantized_matmul", name)
+    _, case = case_of("quantized_matmul", name)
     case = case.narrowed()
     x = case.shapes["x"]
     case = dataclasses.replace(case, shapes={**case.shapes, "x": jax.ShapeDtypeStruct(x.shape, jnp.float16)})
@@ -264,3 +262,39 @@ def _check(case, blocks, monkeypatch):
     found = np.asarray(out, np.float32).sum(axis=0)
     expected = reference(**{**inputs, "x": x.astype(jnp.float32)}, **options)
     assert relative_error(found, expected) <= BOUNDS["bfloat16"] / 2
+
+
+@pytest.mark.parametrize("case", kernel("quantized_matmul").gpu_timed[::5], ids=lambda case: case.name)
+def test_lowered(case):
+    run = jax.jit(lambda inputs: gpu(**inputs, **case.options))
+    with gpus.assume("h100"):
+        text = run.trace(dict(case.shapes)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("case", kernel("quantized_matmul").gpu_timed, ids=lambda case: case.name)
+def test_blocks_fit_twice(case):
+    """Two blocks a processor, by default, and every block to try at least once."""
+    x, values, scale = (case.shapes[name] for name in ("x", "values", "scale"))
+    h100 = gpus.GPUS["h100"]
+    options = case.options["qtype"], False, case.options.get("activations")
+    plan = plan_for(x, values, scale, *options, None, h100)
+    assert shared_bytes(plan) + 1024 <= (h100.shared + 1024) // 2
+    blocks = plan.splits * -(-values.shape[0] // plan.tile.outputs)
+    assert h100.processors <= blocks <= 2 * h100.processors
+    for candidate in gpu_candidates(case):
+        plan_for(x, values, scale, *options, candidate, h100)
+
+
+def test_refused():
+    x, values, scale = jnp.zeros((3, 128), jnp.bfloat16), jnp.zeros((8, 128), jnp.int8), jnp.ones((1, 8))
+    with pytest.raises(NotImplementedError, match="float32"):
+        gpu(x.astype(jnp.float32), values, scale, qtype="int8")
+    with pytest.raises(NotImplementedError, match="65 rows"):
+        gpu(jnp.zeros((65, 128), jnp.bfloat16), values, scale, qtype="int8")
+    with pytest.raises(NotImplementedError, match="groups of 8"):
+        gpu(x, values, jnp.ones((16, 8)), qtype="int8")
+    with pytest.raises(NotImplementedError, match="groups of 192"):
+        gpu(jnp.zeros((3, 384), jnp.bfloat16), jnp.zeros((8, 384), jnp.int8), jnp.ones((2, 8)), qtype="int8")
+    with pytest.raises(ValueError, match="shared memory"):
+        gpu(x.repeat(64, 1), values.repeat(64, 1), scale, qtype="int8", blocks={"lines": 8, "stages": 8, "splits": 1})

@@ -23,7 +23,8 @@ from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
 LETTERS = {"bfloat16": "bf16", "float16": "f16"}
 MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
 CLUSTER = 8  # blocks at most
-KEPT = 2048  # bytes of shared memory a block that are not ours
+BARRIERS = 1024  # bytes of shared memory
+SPARED = 12 * 1024  # bytes of half a processor's that the ring leaves: for scales, and for sums that meet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,7 @@ def quantized_matmul(
     """
     if interpret:
         raise NotImplementedError("interpret: the kernel is written in the GPU's instructions")
-    M, I = x.shape
-    O = values.shape[0]
+    M, O = x.shape[0], values.shape[0]
     _check(x, values, scale, offset, qtype, activations)
     plan = plan_for(x, values, scale, qtype, offset is not None, activations, blocks, gpus.current())
     tile = plan.tile
@@ -88,13 +88,14 @@ def plan_for(
     """
     M, I = x.shape
     O, held = values.shape
-    chosen = default_blocks(M, O, held, gpu) | (blocks or {})
     planes = 2 if qtype in FOUR_BIT else 1
+    chosen = default_blocks(M, O, held, planes, gpu) | (blocks or {})
     rows, lines = calls.round_up(M, 8), chosen["lines"]
     G = scale.shape[0]
     group, chunks = I // G // (CHUNK * planes), lines * BANKS
     if G > 1 and chunks % group and group % chunks:
-        raise NotImplementedError(f"groups of {I // G} inputs: must divide {chunks * CHUNK * planes}, or be its multiple")
+        inputs = chunks * CHUNK * planes
+        raise NotImplementedError(f"groups of {I // G} inputs: must divide {inputs}, or be its multiple")
     tile = Tile(
         qtype, LETTERS[x.dtype.name], chosen["outputs"], rows, lines,
         segment=0 if G == 1 else min(group, chunks), group=group, offset=offset, rounded=activations == "int8",
@@ -104,26 +105,31 @@ def plan_for(
     splits = pl.cdiv(steps, each)
     plan = Plan(tile, min(chosen["stages"], each), steps, each, splits, bool(chosen["cluster"]) and splits <= CLUSTER)
     if (need := shared_bytes(plan)) > gpu.shared:
-        raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, and {gpu.name} gives a block {gpu.shared}")
+        raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, {gpu.name} has {gpu.shared} a block")
     return plan
 
 
-def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
-    """Return blocks for M rows and O outputs of `held` bytes: two blocks or more a processor, if there is work."""
+def default_blocks(M: int, O: int, held: int, planes: int, gpu: gpus.Gpu) -> dict[str, int]:
+    """Return blocks for M rows and O outputs of `held` bytes: up to two blocks a processor, all of them at once."""
     outputs = 64 if O <= 64 else 128
-    tiles = pl.cdiv(O, outputs)
-    splits = max(1, round(2 * gpu.processors / tiles)) if tiles < 3 * gpu.processors // 2 else 1
-    splits = max(1, min(splits, held // (4 * LINE)))
-    return {"outputs": outputs, "lines": 1, "stages": 4, "splits": splits, "cluster": 1}
+    splits = 2 * gpu.processors // pl.cdiv(O, outputs)
+    splits = max(1, min(splits, CLUSTER, held // (4 * LINE)))
+    stage = outputs * LINE + 2 * calls.round_up(M, 8) * LINE * planes
+    stages = (gpu.shared // 2 - SPARED) // stage
+    return {"outputs": outputs, "lines": 1, "stages": max(2, min(stages, 6)), "splits": splits, "cluster": 1}
 
 
 def shared_bytes(plan: Plan) -> int:
-    """Return the shared memory that a block takes."""
-    tile = plan.tile
-    scales = 4 * tile.outputs * (1 + tile.offset) + (4 * tile.row_of_steps if tile.rounded else 0)
-    kept = scales * tile.groups
-    stage = tile.outputs * tile.lines * LINE + tile.rows * tile.inputs * 2 + (kept if tile.segment else 0)
-    return plan.stages * stage + (0 if tile.segment else kept) + left_by(plan) * 4 + KEPT
+    """Return the shared memory that a block takes: every array of it is of whole 1024 bytes."""
+    tile, slots = plan.tile, plan.stages if plan.tile.segment else 1
+    arrays = [
+        plan.stages * tile.outputs * tile.lines * LINE,
+        plan.stages * tile.rows * tile.inputs * 2,
+        *[slots * tile.groups * tile.outputs * 4] * (1 + tile.offset),
+        slots * tile.groups * tile.row_of_steps * 4 if tile.rounded else 0,
+        4 * left_by(plan),
+    ]
+    return sum(calls.round_up(n, 1024) for n in arrays) + BARRIERS
 
 
 def left_by(plan: Plan) -> int:
@@ -142,9 +148,7 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
     tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
     copies = tile.lines + 1 + (len(scales) if tile.segment else 0)
     scratch = {
-        "weight": plgpu.SMEM(
-            (plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)
-        ),
+        "weight": plgpu.SMEM((plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)),
         "x": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
         "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),

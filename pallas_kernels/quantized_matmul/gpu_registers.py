@@ -93,9 +93,7 @@ def multiply(tile: Tile, sums: list[Any], weight: Any, x: Any, scales: dict[str,
     return sums
 
 
-def scaled(
-    tile: Tile, lane: "Lane", sums: list[Any], own: list[Any], scales: dict[str, Any], group: int
-) -> list[Any]:
+def scaled(tile: Tile, lane: "Lane", sums: list[Any], own: list[Any], scales: dict[str, Any], group: int) -> list[Any]:
     """Return the sums with a group's own added, times its scales: row `group` of each of `scales`."""
     sums = list(sums)
     eights, alone = tile.eights, 4 * tile.strips * tile.eights
@@ -119,7 +117,7 @@ def scaled(
 
 
 def store(tile: Tile, sums: list[Any], out: Any, row: Any, output: Any, shape: tuple[int, int]) -> None:
-    """Write the sums to `out`, rows of `shape` = (rows, outputs) of which those from `row` and `output` on are meant."""
+    """Write the sums to `out`, which has rows of `shape` = (rows, outputs), from `row` and `output` on."""
     lane = Lane()
     for at, value in enumerate(sums):
         strip, rest = divmod(at, 4 * tile.eights)
@@ -135,9 +133,7 @@ def leave(sums: list[Any], shared: Any) -> None:
         words.keep(words.onward(base, 4 * 128 * at), value)
 
 
-def gather(
-    tile: Tile, blocks: int, block: Any, shared: Any, out: Any, output: Any, shape: tuple[int, int]
-) -> None:
+def gather(tile: Tile, blocks: int, block: Any, shared: Any, out: Any, output: Any, shape: tuple[int, int]) -> None:
     """Add up what the blocks of a cluster have left, and write the share of the block of that number: see `store`."""
     lane = Lane()
     count = 4 * tile.strips * tile.eights
@@ -156,7 +152,9 @@ def gather(
         _write(tile, out, words.number(0), at_row, column, value, shape, words.less(at, count))
 
 
-def _write(tile: Tile, out: Any, row: Any, at: Any, column: Any, value: Any, shape: tuple[int, int], wanted: Any) -> None:
+def _write(
+    tile: Tile, out: Any, row: Any, at: Any, column: Any, value: Any, shape: tuple[int, int], wanted: Any
+) -> None:
     """Write a sum of row `at` of x, unless it is none of `shape`, to `row` + `at` and `column` of `out`."""
     rows, outputs = shape
     wanted = words.both(wanted, words.both(words.less(column, outputs), words.less(at, rows)))
@@ -230,7 +228,7 @@ def _chunk(tile: Tile, sums: list[Any], at_weight: list[Any], at_x: list[Any], c
 
 
 def _widened(tile: Tile, codes: Any) -> list[tuple[Any, Any]]:
-    """Return, of each plane of four bytes of codes, those of bytes 0 and 2, and of bytes 1 and 3, as pairs of floats."""
+    """Return of each plane of four bytes the codes of bytes 0 and 2, and those of 1 and 3, as pairs of floats."""
     if tile.planes == 2:
         bits = FORMS[tile.letters][tile.qtype] * TWICE
         pairs = [words.chosen(words.right(codes, s), 0x000F000F, bits, AND_XOR) for s in (0, 8, 4, 12)]
