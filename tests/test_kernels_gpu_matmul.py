@@ -14,11 +14,12 @@ from pallas_kernels import gpus
 from pallas_kernels.kernels import kernel
 from pallas_kernels.quantized_matmul import gpu, gpu_registers, reference
 from pallas_kernels.quantized_matmul.cases import gpu_candidates
-from pallas_kernels.quantized_matmul.gpu import left_by, plan_for, prepared, shared_bytes
+from pallas_kernels.quantized_matmul.gpu import prepared
+from pallas_kernels.quantized_matmul.gpu_plan import left_by, plan_for, shared_bytes
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
-CASES = [case.name for case in kernel("quantized_matmul").tests]
+CASES = [case.name for case in kernel("quantized_matmul").tests if "halves" not in case.name]  # the same, to a GPU
 
 
 @dataclasses.dataclass

@@ -151,13 +151,14 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
-    """Return blocks to try: 32 to 96 KiB on the way to each block, and two or more blocks a processor."""
+    """Return blocks to try: two or three a processor, with 32 to 96 KiB on the way to each."""
     O = case.shapes["values"].shape[0]
     return [
-        {"outputs": outputs, "lines": lines, "stages": stages, "splits": splits}
-        for outputs, lines, stages in ((64, 1, 6), (64, 2, 4), (128, 1, 4), (128, 2, 3), (256, 1, 3))
-        for splits in sorted({max(1, blocks * outputs // O) for blocks in (132, 264, 528)})
-    ]
+        {"outputs": outputs, "lines": lines, "stages": stages, "splits": max(1, min(8, blocks * outputs // O))}
+        for outputs, lines, stages, blocks in (
+            (128, 1, 5, 264), (128, 2, 3, 264), (128, 1, 3, 396), (64, 1, 6, 264), (64, 2, 4, 264), (256, 1, 3, 264),
+        )
+    ]  # fmt: skip
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):
