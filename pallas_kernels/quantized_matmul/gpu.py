@@ -31,10 +31,11 @@ def quantized_matmul(
     blocks: dict[str, int] | None = None,
     interpret: calls.Interpret = False,
 ) -> Float[Array, "M O"]:
-    """Return what the contract of this folder says; x may be float16 too.
+    """Return what the contract of this folder says, of 64 rows at most; x is bfloat16 or float16.
 
     `blocks`: outputs a block (64, 128 or 256), lines of 128 bytes of each a step, stages of the ring, and splits of the
-    inputs over blocks; by default what fills the GPU.
+    inputs over blocks, which add up their sums as a cluster of up to 8, or XLA does (`cluster` 0); by default what
+    fills the GPU.
 
     Raises:
         NotImplementedError: a qtype, dtype, number of rows, or groups, that the kernel does not know.
@@ -186,9 +187,9 @@ def _finish(plan, sums, out_ref, scales, left, split, output, out):
         shape = out.shape[1:]
         if left:
             gpu_registers.leave(sums, left[0])
-            gpu_words.meet()
+            gpu_words.meet(seen=True)
             gpu_registers.gather(tile, plan.splits, split, left[0], out_ref, output, shape)
-            gpu_words.meet()  # the others have read what this block left: it may end
+            gpu_words.meet(seen=False)  # the others have read what this block left: it may end
         else:
             gpu_registers.store(tile, sums, out_ref, gpu_words.times(split, shape[0]), output, shape)
         return ()

@@ -161,9 +161,10 @@ def keep(address: Any, value: Any) -> None:
     llvm.store(value, address)
 
 
-def meet() -> None:
-    """Wait for all threads of the cluster; what they kept before is seen after it."""
-    text = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+def meet(seen: bool) -> None:
+    """Wait for all threads of the cluster; what they kept before is `seen` after it, or nobody looks."""
+    arrive = "release" if seen else "relaxed"  # a release waits for all that was written, outputs too
+    text = f"barrier.cluster.arrive.{arrive}.aligned; barrier.cluster.wait.acquire.aligned;"
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
 
 
