@@ -12,12 +12,14 @@ from kernel_cases import case_of
 
 from pallas_kernels import gpus
 from pallas_kernels.kernels import kernel
-from pallas_kernels.quantized_matmul import gpu_registers, reference
-from pallas_kernels.quantized_matmul.gpu import plan_for, prepared
+from pallas_kernels.quantized_matmul import gpu, gpu_registers, reference
+from pallas_kernels.quantized_matmul.cases import gpu_candidates
+from pallas_kernels.quantized_matmul.gpu import prepared
+from pallas_kernels.quantized_matmul.gpu_plan import left_by, plan_for, shared_bytes
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
-CASES = [case.name for case in kernel("quantized_matmul").tests]
+CASES = [case.name for case in kernel("quantized_matmul").tests if "halves" not in case.name]  # the same, to a GPU
 
 
 @dataclasses.dataclass
@@ -115,6 +117,17 @@ def _write(address, value, size, letters, wanted):
         address.buffer[at : at + size] = data[thread]
 
 
+def _keep(address, value):
+    address.buffer[address.at[:, None] + np.arange(4)] = value.astype("<f4").reshape(128, 1).view(np.uint8)
+
+
+def _kept_by(block, address):
+    return _read(Address(CLUSTER[block].view(np.uint8), address.at), 4)
+
+
+CLUSTER: list[np.ndarray] = []  # what each block has left
+
+
 class Written(np.ndarray):
     """Bytes that know which of them were written."""
 
@@ -136,12 +149,17 @@ MACHINE = types.SimpleNamespace(
     either=lambda a, b: a | b,
     differ=lambda a, b: a ^ _word(b),
     right=lambda a, by: a >> np.uint32(by) if by >= 0 else a << np.uint32(-by),
+    quotient=lambda a, by: a // np.uint32(by),
+    remainder=lambda a, by: a % np.uint32(by),
     less=lambda a, b: (a.astype(np.int32) < b).astype(np.uint32),
     chosen=_chosen,
     picked=_picked,
     pairwise=_pairwise,
     fma=lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
+    plus=lambda a, b: a + b,
     product=_product,
+    keep=_keep,
+    kept_by=_kept_by,
     pointer=_pointer,
     width=lambda ref: ref.dtype.itemsize,
     onward=_onward,
@@ -172,7 +190,9 @@ def _swizzled(lines):
 def _run(plan, x, values, scales, out):
     """Run every block of a product on NumPy arrays, as `gpu._call` has them."""
     tile = plan.tile
+    shape = out.shape[1:]
     for block in range(-(-values.shape[0] // tile.outputs)):
+        CLUSTER[:] = [np.full(max(left_by(plan), 1), np.nan, np.float32) for _ in range(plan.splits)]
         for split in range(plan.splits):
             start, first = block * tile.outputs, split * plan.each
             widths = {"scale": tile.outputs, "offset": tile.outputs, "step": tile.row_of_steps}
@@ -194,24 +214,32 @@ def _run(plan, x, values, scales, out):
                 here = taken(at * tile.lines * 8 // tile.group) if tile.segment else {}
                 sums = gpu_registers.multiply(tile, sums, _swizzled(np.stack(lines)), _swizzled(inputs), here)
             if not tile.segment:
-                zeros = [np.zeros(128, np.float32)] * len(sums)
+                zeros = [np.zeros(128, np.float32)] * (4 * tile.strips * tile.eights)
                 sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, taken(0), 0)
-            rows = out.shape[1]
-            gpu_registers.store(tile, sums, out, _word(split * rows), _word(start), out.shape[1:])
+            if left_by(plan):
+                gpu_registers.leave(sums, CLUSTER[split])
+            else:
+                gpu_registers.store(tile, sums, out, _word(split * shape[0]), _word(start), shape)
+        for split in range(plan.splits if left_by(plan) else 0):
+            gpu_registers.gather(tile, plan.splits, _word(split), CLUSTER[split], out, _word(start), shape)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_threads(name, splits, monkeypatch):
-    found, case = case_of("quantized_matmul", name)
-    _check(case.narrowed(), {"splits": splits}, monkeypatch)
+def test_threads(name, monkeypatch):
+    _, case = case_of("quantized_matmul", name)
+    _check(case.narrowed(), {"splits": 1}, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "name", ["int8_odd", "fp8_bits", "int4_groups_64", "int4_groups_128_bf16", "uint4_offset", "w4a8_groups_64"]
-)
+@pytest.mark.parametrize("blocks", [{"splits": 2}, {"splits": 3, "outputs": 64}, {"splits": 2, "cluster": 0}])
+@pytest.mark.parametrize("name", ["int8_rows", "int4_outlier_bf16", "uint4_offset_whole", "w4a8_groups_64"])
+def test_inputs_split_over_blocks(name, blocks, monkeypatch):
+    _, case = case_of("quantized_matmul", name)
+    _check(case.narrowed(), blocks, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["int8_odd", "fp8_bits", "int4_groups_64", "uint4_offset", "w4a8_groups_64"])
 def test_threads_of_float16_and_other_blocks(name, monkeypatch):
-    found, case = case_of("quantized_matmul", name)
+    _, case = case_of("quantized_matmul", name)
     case = case.narrowed()
     x = case.shapes["x"]
     case = dataclasses.replace(case, shapes={**case.shapes, "x": jax.ShapeDtypeStruct(x.shape, jnp.float16)})
@@ -227,7 +255,7 @@ def _check(case, blocks, monkeypatch):
     plan = plan_for(x, values, scale, options["qtype"], offset is not None, activations, blocks, gpus.GPUS["h100"])
     given, scales = prepared(plan.tile, x, scale, offset)
     M, O = x.shape[0], values.shape[0]
-    out = np.full((plan.splits, M, O), np.nan, FLOATS[plan.tile.letters] if plan.splits == 1 else np.float32)
+    out = np.full((plan.parts, M, O), np.nan, FLOATS[plan.tile.letters] if plan.parts == 1 else np.float32)
     out = out.view(Written)
     out.written = np.zeros(out.nbytes, bool)
     monkeypatch.setattr(gpu_registers, "words", MACHINE)
@@ -235,3 +263,39 @@ def _check(case, blocks, monkeypatch):
     found = np.asarray(out, np.float32).sum(axis=0)
     expected = reference(**{**inputs, "x": x.astype(jnp.float32)}, **options)
     assert relative_error(found, expected) <= BOUNDS["bfloat16"] / 2
+
+
+@pytest.mark.parametrize("case", kernel("quantized_matmul").gpu_timed[::5], ids=lambda case: case.name)
+def test_lowered(case):
+    run = jax.jit(lambda inputs: gpu(**inputs, **case.options))
+    with gpus.assume("h100"):
+        text = run.trace(dict(case.shapes)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("case", kernel("quantized_matmul").gpu_timed, ids=lambda case: case.name)
+def test_blocks_fit_twice(case):
+    """Two blocks a processor, by default, and every block to try at least once."""
+    x, values, scale = (case.shapes[name] for name in ("x", "values", "scale"))
+    h100 = gpus.GPUS["h100"]
+    options = case.options["qtype"], False, case.options.get("activations")
+    plan = plan_for(x, values, scale, *options, None, h100)
+    assert shared_bytes(plan) + 1024 <= (h100.shared + 1024) // 2
+    blocks = plan.splits * -(-values.shape[0] // plan.tile.outputs)
+    assert h100.processors <= blocks <= 2 * h100.processors
+    for candidate in gpu_candidates(case):
+        plan_for(x, values, scale, *options, candidate, h100)
+
+
+def test_refused():
+    x, values, scale = jnp.zeros((3, 128), jnp.bfloat16), jnp.zeros((8, 128), jnp.int8), jnp.ones((1, 8))
+    with pytest.raises(NotImplementedError, match="float32"):
+        gpu(x.astype(jnp.float32), values, scale, qtype="int8")
+    with pytest.raises(NotImplementedError, match="65 rows"):
+        gpu(jnp.zeros((65, 128), jnp.bfloat16), values, scale, qtype="int8")
+    with pytest.raises(NotImplementedError, match="groups of 8"):
+        gpu(x, values, jnp.ones((16, 8)), qtype="int8")
+    with pytest.raises(NotImplementedError, match="groups of 192"):
+        gpu(jnp.zeros((3, 384), jnp.bfloat16), jnp.zeros((8, 384), jnp.int8), jnp.ones((2, 8)), qtype="int8")
+    with pytest.raises(ValueError, match="shared memory"):
+        gpu(x.repeat(64, 1), values.repeat(64, 1), scale, qtype="int8", blocks={"lines": 8, "stages": 8, "splits": 1})

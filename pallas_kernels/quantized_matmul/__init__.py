@@ -14,7 +14,8 @@ for each group of I / G inputs, g(i) = i // (I / G); G = 1 is a scale an output.
 `activations="int8"` rounds x to integers first, round(x / step), step = max |x| / 127 over each row and group, and
 multiplies integers. Otherwise the products lose less than a bfloat16 x has lost already: where a chip multiplies
 int8 faster, a bfloat16 x of a four-bit weight is taken in steps of max |x| / 16,256 over a row and group.
-Sums are float32 and are rounded once. (LLM.int8(), 2208.07339; AWQ, 2306.00978; SmoothQuant, 2211.10438.)
+Sums are float32 and are rounded once. `gpu` takes up to 64 rows of bfloat16 or float16, and no float32.
+(LLM.int8(), 2208.07339; AWQ, 2306.00978; SmoothQuant, 2211.10438.)
 """
 
 from pallas_kernels.quantized_matmul.gpu import quantized_matmul as gpu

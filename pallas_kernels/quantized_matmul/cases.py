@@ -124,6 +124,19 @@ TIMED = [
     _real(8, 4096, "float8_e4m3fn"),
 ]
 
+FORMS = {
+    "w8a16": ("int8", None, {}),
+    "w4a16": ("int4", 128, {"scales": BF16}),
+    "fp8a16": ("float8_e4m3fn", None, {}),
+    "w8a8": ("int8", None, A8),
+}
+GPU_TIMED = [
+    case(f"{form}_m{M}_i{I}_o{O}", M, I, O, qtype, group, **options)
+    for form, (qtype, group, options) in FORMS.items()
+    for I, O in ((4096, 14336), (14336, 4096))
+    for M in (1, 8, 16)
+]
+
 
 def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     """Return blocks to try: four copies of 64 to 256 KiB or more a step."""
@@ -135,6 +148,17 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
         for outputs in (128, 256, 512)
         for width in lanes
     ]
+
+
+def gpu_candidates(case: Case) -> list[dict[str, int]]:
+    """Return blocks to try: two or three a processor, with 32 to 96 KiB on the way to each."""
+    O = case.shapes["values"].shape[0]
+    return [
+        {"outputs": outputs, "lines": lines, "stages": stages, "splits": max(1, min(8, blocks * outputs // O))}
+        for outputs, lines, stages, blocks in (
+            (128, 1, 5, 264), (128, 2, 3, 264), (128, 1, 3, 396), (64, 1, 6, 264), (64, 2, 4, 264), (256, 1, 3, 264),
+        )
+    ]  # fmt: skip
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):
@@ -168,5 +192,6 @@ def _bf16_bytes(case: Case) -> float:
 
 KERNEL = Kernel(
     "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
-    {"bf16": _bf16_bytes}, gpu=gpu, gpu_peers={"xla": _xla, "bf16": _bf16},
+    {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates,
+    gpu_peers={"xla": _xla, "bf16": _bf16}, gpu_timed=GPU_TIMED,
 )  # fmt: skip

@@ -5,7 +5,6 @@ some outputs, and some of the inputs where there are too few outputs for every p
 copies ahead of it. A group's sum is kept apart and scaled in float32. See `gpu_registers` for the work of a thread.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,23 +16,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import calls, gpus
 from pallas_kernels.quantized_matmul import gpu_registers, gpu_words
-from pallas_kernels.quantized_matmul.gpu_registers import BANKS, CHUNK, LINE, Tile
-from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
-
-LETTERS = {"bfloat16": "bf16", "float16": "f16"}
-MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
-KEPT = 2048  # bytes of shared memory a block that are not ours
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a product is cut: `steps` of a tile's inputs in all, of which each of `splits` blocks has `each`."""
-
-    tile: Tile
-    stages: int
-    steps: int
-    each: int
-    splits: int
+from pallas_kernels.quantized_matmul.gpu_plan import Plan, check, left_by, plan_for
+from pallas_kernels.quantized_matmul.gpu_registers import BANKS, LINE, Tile
 
 
 def quantized_matmul(
@@ -47,10 +31,11 @@ def quantized_matmul(
     blocks: dict[str, int] | None = None,
     interpret: calls.Interpret = False,
 ) -> Float[Array, "M O"]:
-    """Return what the contract of this folder says; x may be float16 too.
+    """Return what the contract of this folder says, of 64 rows at most; x is bfloat16 or float16.
 
     `blocks`: outputs a block (64, 128 or 256), lines of 128 bytes of each a step, stages of the ring, and splits of the
-    inputs over blocks; by default what fills the GPU.
+    inputs over blocks, which add up their sums as a cluster of up to 8, or XLA does (`cluster` 0); by default what
+    fills the GPU.
 
     Raises:
         NotImplementedError: a qtype, dtype, number of rows, or groups, that the kernel does not know.
@@ -58,69 +43,14 @@ def quantized_matmul(
     """
     if interpret:
         raise NotImplementedError("interpret: the kernel is written in the GPU's instructions")
-    M, I = x.shape
-    O = values.shape[0]
-    _check(x, values, scale, offset, qtype, activations)
+    M, O = x.shape[0], values.shape[0]
+    check(x, values, scale, offset, qtype, activations)
     plan = plan_for(x, values, scale, qtype, offset is not None, activations, blocks, gpus.current())
     tile = plan.tile
     x, scales = prepared(tile, x, scale, offset)
-    whole = plan.splits == 1
-    out = jax.ShapeDtypeStruct((1, M, O) if whole else (plan.splits, M, O), x.dtype if whole else jnp.float32)
+    out = jax.ShapeDtypeStruct((plan.parts, M, O), x.dtype if plan.parts == 1 else jnp.float32)
     parts = _call(plan, x, values, scales, out)
-    return parts.reshape(M, O) if whole else parts.sum(axis=0).astype(x.dtype)
-
-
-def plan_for(
-    x: Any, values: Any, scale: Any, qtype: str, offset: bool, activations: str | None,
-    blocks: dict[str, int] | None, gpu: gpus.Gpu,
-) -> Plan:  # fmt: skip
-    """Return how a product is cut.
-
-    Raises:
-        NotImplementedError: groups that fit no step.
-        ValueError: blocks that need more shared memory than there is.
-    """
-    M, I = x.shape
-    O, held = values.shape
-    chosen = default_blocks(M, O, held, gpu) | (blocks or {})
-    planes = 2 if qtype in FOUR_BIT else 1
-    rows, lines = calls.round_up(M, 8), chosen["lines"]
-    G = scale.shape[0]
-    group, chunks = I // G // (CHUNK * planes), lines * BANKS
-    if G > 1 and chunks % group and group % chunks:
-        raise NotImplementedError(
-            f"groups of {I // G} inputs: must divide {chunks * CHUNK * planes}, or be its multiple"
-        )
-    tile = Tile(
-        qtype, LETTERS[x.dtype.name], chosen["outputs"], rows, lines,
-        segment=0 if G == 1 else min(group, chunks), group=group, offset=offset, rounded=activations == "int8",
-    )  # fmt: skip
-    steps = pl.cdiv(held, lines * LINE)
-    each = pl.cdiv(steps, min(chosen["splits"], steps))
-    plan = Plan(tile, max(1, min(chosen["stages"], each)), steps, each, pl.cdiv(steps, each))
-    if (need := shared_bytes(plan)) > gpu.shared:
-        raise ValueError(
-            f"blocks={chosen}: need {need} bytes of shared memory, and {gpu.name} gives a block {gpu.shared}"
-        )
-    return plan
-
-
-def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
-    """Return blocks for M rows and O outputs of `held` bytes: two blocks or more a processor, if there is work."""
-    outputs = 64 if O <= 64 else 128
-    tiles = pl.cdiv(O, outputs)
-    splits = max(1, round(2 * gpu.processors / tiles)) if tiles < 3 * gpu.processors // 2 else 1
-    splits = max(1, min(splits, held // (4 * LINE)))
-    return {"outputs": outputs, "lines": 1, "stages": 4, "splits": splits}
-
-
-def shared_bytes(plan: Plan) -> int:
-    """Return the shared memory that a block takes."""
-    tile = plan.tile
-    scales = 4 * tile.outputs * (1 + tile.offset) + (4 * tile.row_of_steps if tile.rounded else 0)
-    kept = scales * tile.groups
-    stage = tile.outputs * tile.lines * LINE + tile.rows * tile.inputs * 2 + (kept if tile.segment else 0)
-    return plan.stages * stage + (0 if tile.segment else kept) + KEPT
+    return parts.reshape(M, O) if plan.parts == 1 else parts.sum(axis=0).astype(x.dtype)
 
 
 def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: Any) -> Array:
@@ -138,9 +68,10 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
         "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         "ready": plgpu.Barrier(num_arrivals=len(scales)),
+        "left": [plgpu.SMEM((left_by(plan),), jnp.float32)] if left_by(plan) else [],
     }
 
-    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready):
+    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready, left):
         *scale_refs, out_ref = refs
         block, split = jax.lax.axis_index("block"), jax.lax.axis_index("split")
         first = split * plan.each
@@ -192,14 +123,18 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
         if not tile.segment:
             plgpu.barrier_wait(ready)
         here = {name: kept[name].at[0] for name in names}
-        _finish(tile, sums, out_ref, here, split * out.shape[1], start, out)
+        _finish(plan, sums, out_ref, here, left, split, start, out)
 
+    blocks = (pl.cdiv(values.shape[0], tile.outputs),)
+    if plan.cluster:
+        shape = {"grid": blocks, "grid_names": ("block",), "cluster": (plan.splits,), "cluster_names": ("split",)}
+    else:
+        shape = {"grid": (*blocks, plan.splits), "grid_names": ("block", "split")}
     run = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
-        grid=(pl.cdiv(values.shape[0], tile.outputs), plan.splits),
-        grid_names=("block", "split"),
+        **shape,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         kernel_name="quantized_matmul",
     )
@@ -230,25 +165,36 @@ def _multiply(tile, sums, weight, x, scales):
     return run(sums, weight, x, scales)
 
 
-def _finish(tile, sums, out_ref, scales, row, output, out):
-    """Write the sums where they belong, scaled if there is one group."""
+def _finish(plan, sums, out_ref, scales, left, split, output, out):
+    """Write the sums where they belong, scaled if there is one group; of a cluster, added up."""
+    tile = plan.tile
     number = plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(
-        arg_types=(_layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales}, number, number),
+        arg_types=(
+            _layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales},
+            [plgpu.RefType() for _ in left], number, number,
+        ),
         return_type=(),
-    )
-    def run(ctx, sums, out_ref, scales, row, output):
+    )  # fmt: skip
+    def run(ctx, sums, out_ref, scales, left, split, output):
         del ctx
         sums = gpu_words.uncarried(sums)
+        split, output = split.registers.item(), output.registers.item()
         if not tile.segment:
-            zeros = [gpu_words.real(0.0)] * len(sums)
+            zeros = [gpu_words.real(0.0)] * (4 * tile.strips * tile.eights)
             sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, scales, 0)
-        row, output = row.registers.item(), output.registers.item()
-        gpu_registers.store(tile, sums, out_ref, row, output, out.shape[1:])
+        shape = out.shape[1:]
+        if left:
+            gpu_registers.leave(sums, left[0])
+            gpu_words.meet(seen=True)
+            gpu_registers.gather(tile, plan.splits, split, left[0], out_ref, output, shape)
+            gpu_words.meet(seen=False)  # the others have read what this block left: it may end
+        else:
+            gpu_registers.store(tile, sums, out_ref, gpu_words.times(split, shape[0]), output, shape)
         return ()
 
-    run(sums, out_ref, scales, row, output)
+    run(sums, out_ref, scales, left, split, output)
 
 
 def _meet():
@@ -266,7 +212,7 @@ def _meet():
 def prepared(tile: Tile, x: Array, scale: Array, offset: Array | None) -> tuple[Array, dict[str, Array]]:
     """Return x and its scales, by name, as the copies can read them."""
     M, I = x.shape
-    scales = {"scale": scale} if offset is None else {"scale": scale, "offset": offset.astype(scale.dtype)}
+    scales = {"scale": scale} if offset is None else {"scale": scale, "offset": offset}
     scales = {name: _wide(array) for name, array in scales.items()}
     if tile.rounded:
         x, step = _rounded(x, scale.shape[0])
@@ -286,26 +232,3 @@ def _wide(scale: Array) -> Array:
     """Return scales whose rows the copies can find: rows of whole 16 bytes."""
     short = -scale.shape[1] % (16 // scale.dtype.itemsize)
     return jnp.pad(scale, ((0, 0), (0, short))) if short else scale
-
-
-def _check(x, values, scale, offset, qtype, activations) -> None:
-    """Raise for what the contract does not allow, or the kernel does not know."""
-    if qtype not in QTYPES:
-        raise NotImplementedError(f"qtype={qtype!r}: must be one of {', '.join(QTYPES)}")
-    if x.dtype.name not in LETTERS:
-        raise NotImplementedError(f"x of {x.dtype}: must be bfloat16 or float16")
-    if activations not in (None, "int8"):
-        raise NotImplementedError(f"activations={activations!r}: must be None or 'int8'")
-    M, I = x.shape
-    O, held = values.shape
-    G = scale.shape[0]
-    planes = 2 if qtype in FOUR_BIT else 1
-    if M > MOST_ROWS:
-        raise NotImplementedError(f"{M} rows: at most {MOST_ROWS}")
-    if held * planes != I or scale.shape[1] != O or I % G or (offset is not None and offset.shape != scale.shape):
-        shapes = [v.shape for v in (x, values, scale, offset) if v is not None]
-        raise ValueError(f"x, values, scale, offset of {shapes}: must be [M, I], [O, bytes], [G, O], [G, O]")
-    if (I // G) % (CHUNK * planes):
-        raise NotImplementedError(f"groups of {I // G} inputs: must be whole {CHUNK * planes} of them")
-    if scale.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"scales of {scale.dtype}: must be float32 or bfloat16")

@@ -117,21 +117,50 @@ def scaled(tile: Tile, lane: "Lane", sums: list[Any], own: list[Any], scales: di
 
 
 def store(tile: Tile, sums: list[Any], out: Any, row: Any, output: Any, shape: tuple[int, int]) -> None:
-    """Write the sums to `out`, rows of `shape` = (rows, outputs) that are read from `row` and `output` on."""
+    """Write the sums to `out`, which has rows of `shape` = (rows, outputs), from `row` and `output` on."""
     lane = Lane()
-    base, size = words.pointer(out), words.width(out)
+    for at, value in enumerate(sums):
+        strip, rest = divmod(at, 4 * tile.eights)
+        column = words.add(words.add(output, lane.first(tile)), strip * 16 + rest // 2 % 2 * 8)
+        at_row = words.add(lane.row_of_x(rest % 2), rest // 4 * 8)
+        _write(tile, out, row, at_row, column, value, shape, words.number(1))
+
+
+def leave(sums: list[Any], shared: Any) -> None:
+    """Keep a block's sums where the others of its cluster find them."""
+    base = words.onward(words.pointer(shared), words.times(words.thread(), 4))
+    for at, value in enumerate(sums):
+        words.keep(words.onward(base, 4 * 128 * at), value)
+
+
+def gather(tile: Tile, blocks: int, block: Any, shared: Any, out: Any, output: Any, shape: tuple[int, int]) -> None:
+    """Add up what the blocks of a cluster have left, and write the share of the block of that number: see `store`."""
+    lane = Lane()
+    count = 4 * tile.strips * tile.eights
+    base = words.onward(words.pointer(shared), words.times(words.thread(), 4))
+    for first in range(0, count, blocks):
+        at = words.add(block, first)
+        address = words.onward(base, words.times(at, 4 * 128))
+        value = words.kept_by(0, address)
+        for other in range(1, blocks):
+            value = words.plus(value, words.kept_by(other, address))
+        strip, rest = words.quotient(at, 4 * tile.eights), words.remainder(at, 4 * tile.eights)
+        column = words.add(words.add(output, lane.first(tile)), words.times(strip, 16))
+        column = words.add(column, words.times(words.both(words.right(rest, 1), 1), 8))
+        odd = words.both(rest, 1)
+        at_row = words.add(lane.row_of_x(odd), words.times(words.right(rest, 2), 8))
+        _write(tile, out, words.number(0), at_row, column, value, shape, words.less(at, count))
+
+
+def _write(
+    tile: Tile, out: Any, row: Any, at: Any, column: Any, value: Any, shape: tuple[int, int], wanted: Any
+) -> None:
+    """Write a sum of row `at` of x, unless it is none of `shape`, to `row` + `at` and `column` of `out`."""
     rows, outputs = shape
-    for i in range(tile.strips):
-        for half in (0, 1):
-            column = words.add(words.add(output, lane.first(tile)), i * 16 + half * 8)
-            inside = words.less(column, outputs)
-            for n in range(tile.eights):
-                for c in (0, 1):
-                    at = words.add(lane.row_of_x(c), n * 8)
-                    wanted = words.both(inside, words.less(at, rows))
-                    entry = words.add(words.times(words.add(row, at), outputs), column)
-                    address = words.onward(base, words.times(entry, size))
-                    words.write(address, sums[4 * (i * tile.eights + n) + 2 * half + c], size, tile.letters, wanted)
+    wanted = words.both(wanted, words.both(words.less(column, outputs), words.less(at, rows)))
+    entry = words.add(words.times(words.add(row, at), outputs), column)
+    size = words.width(out)
+    words.write(words.onward(words.pointer(out), words.times(entry, size)), value, size, tile.letters, wanted)
 
 
 class Lane:
@@ -147,7 +176,7 @@ class Lane:
         """Return the first of the thread's outputs in the block."""
         return words.add(words.times(self.warp, 16 * tile.strips), self.column)
 
-    def row_of_x(self, c: int | None = None) -> Any:
+    def row_of_x(self, c: Any = None) -> Any:
         """Return the row of x, of 8, that the thread reads, or that its c-th sum of two is of.
 
         Rows stand in an order in which those of four neighbours never meet in a bank of shared memory.
@@ -199,7 +228,7 @@ def _chunk(tile: Tile, sums: list[Any], at_weight: list[Any], at_x: list[Any], c
 
 
 def _widened(tile: Tile, codes: Any) -> list[tuple[Any, Any]]:
-    """Return, of each plane of four bytes of codes, those of bytes 0 and 2, and of bytes 1 and 3, as pairs of floats."""
+    """Return of each plane of four bytes the codes of bytes 0 and 2, and those of 1 and 3, as pairs of floats."""
     if tile.planes == 2:
         bits = FORMS[tile.letters][tile.qtype] * TWICE
         pairs = [words.chosen(words.right(codes, s), 0x000F000F, bits, AND_XOR) for s in (0, 8, 4, 12)]

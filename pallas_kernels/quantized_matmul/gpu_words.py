@@ -62,6 +62,16 @@ def right(a: Any, by: int) -> Any:
     return arith.shrui(a, number(by)) if by > 0 else arith.shli(a, number(-by))
 
 
+def quotient(a: Any, by: int) -> Any:
+    """Return a // by."""
+    return arith.divui(a, number(by))
+
+
+def remainder(a: Any, by: int) -> Any:
+    """Return a % by."""
+    return arith.remui(a, number(by))
+
+
 def less(a: Any, b: int) -> Any:
     """Return whether a < b, as signed numbers: 1 or 0."""
     flag = arith.cmpi(arith.CmpIPredicate.slt, a, number(b))
@@ -89,6 +99,11 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     """Return a * b + c, rounded once."""
     text = "fma.rn.f32 $0, $1, $2, $3;"
     return llvm.inline_asm(ir.F32Type.get(), [a, b, c], text, "=f,f,f,f", asm_dialect=0, has_side_effects=False)
+
+
+def plus(a: Any, b: Any) -> Any:
+    """Return a + b of floats."""
+    return arith.addf(a, b)
 
 
 def product(letters: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:
@@ -139,6 +154,26 @@ def read(address: Any, size: int) -> Any:
     short = llvm.load(ir.IntegerType.get_signless(16), address)
     bits = arith.extui(ir.IntegerType.get_signless(32), short)
     return arith.bitcast(ir.F32Type.get(), right(bits, -16))
+
+
+def keep(address: Any, value: Any) -> None:
+    """Write a float to shared memory."""
+    llvm.store(value, address)
+
+
+def meet(seen: bool) -> None:
+    """Wait for all threads of the cluster; what they kept before is `seen` after it, or nobody looks."""
+    arrive = "release" if seen else "relaxed"  # a release waits for all that was written, outputs too
+    text = f"barrier.cluster.arrive.{arrive}.aligned; barrier.cluster.wait.acquire.aligned;"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
+
+
+def kept_by(block: int, address: Any) -> Any:
+    """Return the float that a block of the cluster keeps at that address of its own shared memory."""
+    text = f"{{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, {block}; ld.shared::cluster.f32 $0, [a]; }}"
+    at = llvm.ptrtoint(ir.IntegerType.get_signless(32), address)
+    constraints = "=f,r,~{memory}"
+    return llvm.inline_asm(ir.F32Type.get(), [at], text, constraints, asm_dialect=0, has_side_effects=True)
 
 
 def write(address: Any, value: Any, size: int, letters: str, wanted: Any) -> None:
