@@ -1,5 +1,6 @@
 """The contraction of linear layers with x rounded to integers as well as the kernel."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -53,22 +54,25 @@ def _int8(eq, x, kernel, group, implementation):
     scale = kernel.scale.reshape(-1).astype(jnp.float32)
 
     def contract(rows: Array, weight: Array, scale: Array) -> Array:
-        values, row_scale = quantize_rows(rows, group)
+        values, row_scale = quantize_rows(rows.astype(jnp.float32), group)
         return sum_groups(lambda x, w: dot(x, w, False, jnp.int32), values, row_scale, weight) * scale
 
     def pallas(rows: Array, weight: Array, scale: Array) -> Array:
         # The kernel rounds x in the groups of the weight's scales: here one scale stands for all groups of an output.
         groups = 1 if group is None else rows.shape[1] // group
         scales = jnp.broadcast_to(scale, (groups, scale.size))
+        if targets.platform() != "cuda":  # a GPU's kernel takes rows of 16 bits, and rounds the same numbers
+            rows = rows.astype(jnp.float32)
         return targets.kernel(quantized_matmul)(rows, weight, scales, qtype="int8", activations="int8")
 
-    def xla(*operands: Array) -> Array:
+    def xla(rows: Array, *operands: Array) -> Array:
+        operands = (rows.astype(jnp.float32), *operands)
         if group is None or group % 16 == 0:
             return on_cpu(functools.partial(cpu_kernels.int8_matmul, group=group), contract, None, *operands)
         return contract(*operands)
 
     implementation = worth(implementation, rows, kernel)
-    y = choose(implementation, pallas, xla, rows.astype(jnp.float32), weight, scale)
+    y = choose(implementation, pallas, xla, rows, weight, scale)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
 
@@ -110,13 +114,22 @@ def einsum_int4_int8(
         return cpu_kernels.q4_matmul(rows, kernel.values.reshape(outputs, -1), *tiles, qtype=kernel.qtype)
 
     def pallas(rows: Array, kernel: Packed) -> Array:
-        return kernel_product(rounded(rows), kernel, first=False)
+        if targets.platform() != "cuda":
+            return kernel_product(rounded(rows.astype(jnp.float32)), kernel, first=False)
+        # A GPU's kernel rounds x in the groups of the weight's scales: here some runs share one.
+        spread = lambda t: None if t is None else jnp.repeat(t.reshape(outputs, -1), group // RUN, axis=1)  # noqa: E731
+        finer = dataclasses.replace(kernel, scale=spread(kernel.scale), offset=spread(kernel.offset))
+        return kernel_product(rows, finer, first=False, activations="int8")
 
     runs = group // RUN
     taken = kernel.scale.dtype in (jnp.float32, jnp.float16) and kernel.shape[-1] % RUN == 0
     most = _FEW_ROWS_OF_INT4 if taken and (runs <= 2 or runs % 4 == 0) else 0
     implementation = worth(implementation, rows, kernel)
-    y = choose(implementation, pallas, lambda *x: on_cpu(native, contract, most, *x), rows.astype(jnp.float32), kernel)
+
+    def xla(rows: Array, kernel: Packed) -> Array:
+        return on_cpu(native, contract, most, rows.astype(jnp.float32), kernel)
+
+    y = choose(implementation, pallas, xla, rows, kernel)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 
 
