@@ -58,17 +58,8 @@ def traced_for(device: jax.Device) -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=kind))
 
 
-def gpu_params() -> Any:
-    """Return the parameters of a Mosaic GPU kernel: in terms of threads, and with the hardware's exponential."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
-
-
 def load(ref: Any, layout: Any, optimized: bool = False) -> Any:
     """Return what a ref of a GPU kernel holds, in a layout of registers; `optimized` raises where banks conflict."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty:
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)

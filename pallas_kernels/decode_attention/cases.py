@@ -133,7 +133,10 @@ TESTS = [
     case("int8", 2, 2, 2, 4, 512, 128, [512, 130], cache=jnp.int8),
     case("fp8", 2, 2, 2, 4, 512, 128, [512, 130], cache=jnp.float8_e4m3fn, scales=jnp.bfloat16),
     case("int8_heads", 2, 1, 4, 2, 256, 128, [256, 130], cache=jnp.int8, scales=jnp.bfloat16, blocks={"heads": 4}),
-    # What a GPU may have: blocks that reach past the cache, a split with nothing to do, one that must wait its turn.
+]
+
+# Blocks that reach past the cache, a split with nothing to do, rows in more than one tile, nodes in two words.
+GPU_TESTS = [
     case("past_the_end", 2, 1, 2, 4, 200, 128, [200, 130], return_lse=True),
     case("gpu_splits", 3, 2, 2, 2, 512, 64, [500, 31, 0], return_lse=True, gpu_blocks={"splits": 3, "stages": 2}),
     case("rows_of_12", 2, 3, 2, 4, 256, 64, [250, 70]),
@@ -160,11 +163,15 @@ TIMED = [
     _real("b8_s4096_tree8", 8, 4096, T=8, tree=BRANCHING),
     case("ragged", 16, 1, 8, 8, 8192, 128, [8192, 100, 4000, 17, 6000, 512, 2048, 8000] * 2),
     _real("window_1024", 16, 8192, window=1024, sinks=4),
+]
+
+GPU_TIMED = [
     *[case(f"g4_b{B}_s8192", B, 1, 8, 4, 8192, 128, [8192] * B) for B in (1, 4, 16, 64)],
     *[case(f"g4_b{B}_s8192_int8", B, 1, 8, 4, 8192, 128, [8192] * B, cache=jnp.int8) for B in (1, 4, 16, 64)],
     *[case(f"g4_b{B}_s32768", B, 1, 8, 4, 32768, 128, [32768] * B) for B in (1, 4, 16)],
     *[case(f"g4_b{B}_s32768_int8", B, 1, 8, 4, 32768, 128, [32768] * B, cache=jnp.int8) for B in (1, 4, 16)],
     case("g4_b16_s8192_fp8", 16, 1, 8, 4, 8192, 128, [8192] * 16, cache=jnp.float8_e4m3fn),
+    *TIMED,
 ]
 
 
@@ -197,4 +204,6 @@ KERNEL = Kernel(
     gpu=gpu,
     gpu_candidates=gpu_candidates,
     gpu_peers=peers.PEERS,
+    gpu_timed=GPU_TIMED,
+    gpu_tests=GPU_TESTS,
 )

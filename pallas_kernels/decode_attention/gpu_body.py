@@ -168,7 +168,7 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     safe = jnp.where(nothing, 1.0, total)
     acc = acc * _wide(1.0 / safe, acc.shape, 1)
     turned = plgpu.layout_cast(acc.astype(plan.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    memory["out"].transpose((1, 0))[...] = turned
+    compat.transposed(memory["out"])[...] = turned
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(memory["out"], refs["out"].at[group, split, columns, width])
     if plan.with_lse:
@@ -183,7 +183,7 @@ def _scores(plan: Plan, memory: dict[str, Any], stage: Any) -> Any:
     keys = memory["k"].at[stage]
     if plan.quantized:
         keys = widen(keys, MATRIX)
-    found = multiply(None, keys, plgpu.transpose_ref(memory["q"], (1, 0)))
+    found = multiply(None, keys, compat.transposed(memory["q"]))
     factor = plan.scale * LOG2E if plan.softcap is None else plan.scale / plan.softcap
     if plan.quantized:
         steps = compat.load(memory["k_scale"].at[stage], BY_SLOT).astype(jnp.float32)
@@ -215,9 +215,9 @@ def _mixed(plan: Plan, memory: dict[str, Any], stage: Any, whole: Any, alive: An
             values[...] = jnp.where(alive(held.shape, MATRIX), held, jnp.zeros((), held.dtype))
 
     turned = plgpu.layout_cast(weights.astype(plan.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.transpose_ref(memory["weights"], (1, 0))[...] = turned
+    compat.transposed(memory["weights"])[...] = turned
     plgpu.commit_smem()
-    return multiply(acc, plgpu.transpose_ref(values, (1, 0)), plgpu.transpose_ref(memory["weights"], (1, 0)))
+    return multiply(acc, compat.transposed(values), compat.transposed(memory["weights"]))
 
 
 def multiply(acc: Any, a: Any, b: Any) -> Any:

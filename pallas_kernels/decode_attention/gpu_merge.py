@@ -37,13 +37,12 @@ def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any):
         found_ref.at[group, row][...] = (mixed * (1.0 / safe)).astype(dtype)
         total_ref[group, row] = peak + jnp.log(safe)
 
-    return plgpu.kernel(
+    return compat.gpu_kernel(
         body,
+        name="merge_splits",
         out_type=[jax.ShapeDtypeStruct((groups, rows, H), dtype), jax.ShapeDtypeStruct((groups, rows), jnp.float32)],
         grid=(groups, rows),
         grid_names=("groups", "rows"),
-        kernel_name="merge_splits",
-        compiler_params=compat.gpu_params(),
     )(out, lse)
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compat, gpus
@@ -123,15 +122,14 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         refs = dict(zip(names, given, strict=True)) | dict(zip(shapes, found, strict=True))
         body(plan, source, refs, dict(zip(memory, held, strict=True)))
 
-    call = plgpu.kernel(
+    call = compat.gpu_kernel(
         run,
+        name=name,
         out_type=list(shapes.values()),
         grid=(groups * plan.tiles, plan.splits),
         grid_names=("rows", "splits"),
-        kernel_name=name,
         scratch_types=list(memory.values()),
-        compiler_params=compat.gpu_params(),
-        **({"interpret": interpret} if interpret else {}),
+        interpret=interpret,
     )
     return dict(zip(shapes, call(*inputs.values()), strict=True))
 

@@ -106,6 +106,8 @@ TESTS = [
     case("bf16", 2, 2, 2, 8, 32, 128, [130, 65]),
     case("int8", 2, 2, 2, 4, 64, 128, [130, 65], cache=jnp.int8),
     case("fp8", 2, 1, 2, 4, 32, 128, [130, 65], cache=jnp.float8_e4m3fn, scales=jnp.bfloat16),
+]
+GPU_TESTS = [
     case("gpu_splits", 3, 1, 2, 4, 64, 128, [700, 31, 0], return_lse=True, gpu_blocks={"splits": 3, "stages": 2}),
     case("pages_128", 2, 1, 2, 4, 128, 128, [300, 129]),
     case("int8_128", 2, 1, 2, 4, 128, 64, [300, 129], cache=jnp.int8, gpu_blocks={"splits": 2}),
@@ -123,6 +125,8 @@ TIMED = [
     _real("b8_s4096_p128", 8, 4096, 128),
     _real("b8_s4096_p128_int8", 8, 4096, 128, cache=jnp.int8),
     case("ragged_p64", 16, 1, 8, 8, 64, 128, [4096, 100, 4000, 17, 3000, 512, 2048, 4001] * 2),
+]
+GPU_TIMED = [
     *[
         case(f"g4_b{B}_s{S}_p{page}", B, 1, 8, 4, page, 128, [S] * B, append=False)
         for page in (64, 16)
@@ -132,6 +136,7 @@ TIMED = [
         case(f"g4_b{B}_s8192_p64_int8", B, 1, 8, 4, 64, 128, [8192] * B, append=False, cache=jnp.int8)
         for B in (1, 16, 64)
     ],
+    *TIMED,
 ]
 
 
@@ -155,4 +160,6 @@ KERNEL = Kernel(
     gpu=gpu,
     gpu_candidates=gpu_candidates,
     gpu_peers={"xla": peers.xla},
+    gpu_timed=GPU_TIMED,
+    gpu_tests=GPU_TESTS,
 )
