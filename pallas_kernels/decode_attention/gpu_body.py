@@ -48,6 +48,7 @@ class Plan:
     sinks: int
     tree_words: int  # 32 nodes each; 0 where there is no tree
     with_lse: bool
+    overlap: bool  # with the kernels before and after: begins before the one before has ended, and waits for that
     has_start: bool
     has_position: bool
 
@@ -107,6 +108,9 @@ def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
 
 def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) -> None:
     """Attend to a split's share of a row; `source.copies` starts the copies of a block of keys or values."""
+    if plan.overlap:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
     group, tile = _divide(jax.lax.axis_index("rows"), plan.tiles)
     b, head = _divide(group, plan.kv_heads)
     split = jax.lax.axis_index("splits")

@@ -14,10 +14,11 @@ from pallas_kernels.decode_attention.gpu_body import BY_SLOT, LOG2E
 MOST_SPLITS = 64  # all of them are read at once: their latency is paid once, and registers hold them
 
 
-def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any):
+def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any, overlap: bool = False):
     """Return the attention `[X, R, H]` over all splits, in `dtype`, and the log of its total `[X, R]`.
 
-    `lse` is each split's, -inf where it saw nothing, for C >= R rows.
+    `lse` is each split's, -inf where it saw nothing, for C >= R rows. `overlap`: to be launched before the kernel that
+    writes `out` has ended, and to wait for it.
     """
     groups, splits, rows, H = out.shape
     if H % 64:
@@ -25,6 +26,9 @@ def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any):
     layout = BY_SLOT if H % 128 else plgpu.Layout.WG_STRIDED((H,), vec_size=H // 128)
 
     def body(out_ref: Any, lse_ref: Any, found_ref: Any, total_ref: Any) -> None:
+        if overlap:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
         group, row = jax.lax.axis_index("groups"), jax.lax.axis_index("rows")
         logs = [lse_ref[group, i, row] for i in range(splits)]
         parts = [compat.load(out_ref.at[group, i, row], layout) for i in range(splits)]
@@ -46,8 +50,9 @@ def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any):
     )(out, lse)
 
 
-def by_xla(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any):
+def by_xla(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any, overlap: bool = False):
     """Return what `merge` does."""
+    del overlap
     lse = lse[..., : out.shape[2]]
     peak = lse.max(axis=1)
     weight = jnp.exp(lse - jnp.where(peak == -jnp.inf, 0, peak)[:, None])

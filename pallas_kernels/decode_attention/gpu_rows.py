@@ -59,7 +59,7 @@ def attend_rows(
         splits=chosen["splits"], H=H, dtype=dtype, stored=stored, scales=scales,
         out_dtype=jnp.dtype(jnp.float32 if chosen["splits"] > 1 else q.dtype), scale=scale, softcap=softcap,
         window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
-        with_lse=return_lse or chosen["splits"] > 1, has_start=start is not None, has_position=position is not None,
+        with_lse=return_lse or chosen["splits"] > 1, overlap=bool(chosen["overlap"]) and not interpret, has_start=start is not None, has_position=position is not None,
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
     if rows > 8 and rows % 8:  # a copy fills in what is past the end of an array only where that is a tile's end
@@ -73,7 +73,7 @@ def attend_rows(
         inputs["tree"] = _tree_words(jnp.asarray(tree), B, N // K, plan)
     found = _call(name, plan, source, inputs | source.arrays, interpret)
     if plan.splits > 1:
-        out, lse = (by_xla if interpret else merge)(found["out"], found["lse"], q.dtype)
+        out, lse = (by_xla if interpret else merge)(found["out"], found["lse"], q.dtype, plan.overlap)
     else:
         out, lse = found["out"], found["lse"][..., :rows] if return_lse else None
 
@@ -105,7 +105,7 @@ def default_blocks(grid: int, capacity: int, width: int, columns: int, stored: A
     stages = max(2, min(4, (gpu.shared // resident - fixed) // stage))
     resident = max(1, min(4, gpu.shared // (fixed + stages * stage)))
     splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots)), MOST_SPLITS))
-    return {"slots": slots, "stages": stages, "splits": splits}
+    return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1}
 
 
 def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
