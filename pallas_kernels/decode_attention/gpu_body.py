@@ -114,6 +114,12 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     group, tile = _divide(jax.lax.axis_index("rows"), plan.tiles)
     b, head = _divide(group, plan.kv_heads)
     split = jax.lax.axis_index("splits")
+    first_column = tile * plan.columns
+    columns = pl.ds(first_column, plan.columns)
+    # Past the last row and past H a copy fills in zeros; where it begins is not known when it is compiled, or jax
+    # would not allow it.
+    width = pl.ds(group * 0, plan.width)
+    plgpu.copy_gmem_to_smem(refs["q"].at[group, columns, width], memory["q"], memory["q_barrier"])
     at = _Range(plan, refs, b)
     begin, end = at.share(split)
 
@@ -121,12 +127,6 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
         stage, base = jax.lax.rem(item - begin, plan.stages), at.base_of(item)
         source.copies(refs, memory, names, b, head, base, at.end, stage)
 
-    first_column = tile * plan.columns
-    columns = pl.ds(first_column, plan.columns)
-    # Past the last row and past H a copy fills in zeros; where it begins is not known when it is compiled, or jax
-    # would not allow it.
-    width = pl.ds(group * 0, plan.width)
-    plgpu.copy_gmem_to_smem(refs["q"].at[group, columns, width], memory["q"], memory["q_barrier"])
     for ahead in range(plan.stages):
 
         @pl.when(begin + ahead < end)

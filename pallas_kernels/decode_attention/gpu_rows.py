@@ -52,14 +52,16 @@ def attend_rows(
     check(q.dtype, stored, scales, H)
     width = -(-H // 64) * 64
     columns = min(-(-rows // 8) * 8, MOST_COLUMNS[width])
-    chosen = {**default_blocks(B * K * -(-rows // columns), capacity, width, columns, stored, scales), **(blocks or {})}
+    grid = B * K * -(-rows // columns)
+    chosen = blocks_for(grid, capacity, width, columns, stored, scales, blocks or {})
     slots = source.fit(chosen["slots"])
     plan = Plan(
         kv_heads=K, rows=rows, columns=columns, tokens=T, capacity=capacity, slots=slots, stages=chosen["stages"],
         splits=chosen["splits"], H=H, dtype=dtype, stored=stored, scales=scales,
         out_dtype=jnp.dtype(jnp.float32 if chosen["splits"] > 1 else q.dtype), scale=scale, softcap=softcap,
         window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
-        with_lse=return_lse or chosen["splits"] > 1, overlap=bool(chosen["overlap"]) and not interpret, has_start=start is not None, has_position=position is not None,
+        with_lse=return_lse or chosen["splits"] > 1, overlap=bool(chosen["overlap"]) and not interpret,
+        has_start=start is not None, has_position=position is not None,
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
     if rows > 8 and rows % 8:  # a copy fills in what is past the end of an array only where that is a tile's end
@@ -96,16 +98,21 @@ def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
     swizzle(H, queries), swizzle(H, stored)
 
 
-def default_blocks(grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any) -> dict[str, int]:
-    """Return blocks of which two or three are resident on a processor, and splits that fill all processors once."""
+def blocks_for(
+    grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any, given: dict[str, int]
+) -> dict[str, int]:
+    """Return the blocks: those given, by default with two of them resident, and splits that fill the processors once.
+
+    `grid` is the number of blocks of the grid that a split takes.
+    """
     gpu = gpus.current()
-    slots, resident = 64, 2
+    slots = given.get("slots", 64)
     stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
     fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED
-    stages = max(2, min(4, (gpu.shared // resident - fixed) // stage))
+    stages = given.get("stages", max(2, min(4, (gpu.shared // 2 - fixed) // stage)))
     resident = max(1, min(4, gpu.shared // (fixed + stages * stage)))
     splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots)), MOST_SPLITS))
-    return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1}
+    return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1} | given
 
 
 def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
