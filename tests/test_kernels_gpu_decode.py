@@ -1,7 +1,5 @@
 """The GPU's decode attention with no GPU: interpreted beside its reference, and lowered as it stands."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +16,14 @@ from pallas_kernels.tolerance import BOUNDS, relative_error
 F32, I8 = jnp.float32, jnp.int8
 CASES = {
     "decode_attention": [
-        case("window", 3, 4, 1, 2, 136, 64, [1, 66, 136], position=[-3, 62, 130], window=40, sinks=4, return_lse=True),
-        case("starts", 2, 2, 1, 4, 192, 64, [180, 40], start=[100, 40], gpu_blocks={"splits": 3}, return_lse=True),
-        case("tree", 2, 8, 1, 2, 128, 64, [128, 60], tree=BRANCHING, window=20),
-        case("int8", 2, 2, 1, 4, 192, 64, [192, 70], cache=I8, softcap=5.0, gpu_blocks={"splits": 2, "stages": 2}),
+        case("window", 2, 4, 1, 2, 136, 64, [1, 136], position=[-3, 130], window=40, sinks=4, return_lse=True),
+        case("starts", 2, 2, 1, 4, 136, 64, [130, 40], start=[60, 40], gpu_blocks={"splits": 3}, return_lse=True),
+        case("tree", 1, 8, 1, 2, 128, 64, [124], tree=BRANCHING, window=20),
+        case("int8", 1, 2, 1, 4, 128, 64, [70], cache=I8, softcap=5.0, gpu_blocks={"splits": 2, "stages": 2}),
     ],
     "paged_decode_attention": [
-        paged_case("pages", 2, 2, 1, 4, 16, 64, [130, 0], window=100, return_lse=True, append=False),
-        paged_case("int8", 2, 1, 1, 8, 16, 64, [40, 70], cache=I8, gpu_blocks={"splits": 2}, append=False),
+        paged_case("pages", 2, 2, 1, 4, 16, 64, [70, 0], window=30, return_lse=True, append=False),
+        paged_case("int8", 1, 1, 1, 8, 16, 64, [70], cache=I8, gpu_blocks={"splits": 2}, append=False),
         paged_case("long_pages", 1, 1, 1, 8, 128, 64, [200]),
     ],
 }
@@ -99,4 +97,3 @@ def test_splits_fill_the_processors():
     assert blocks_for(8, 100, 128, 8, jnp.bfloat16, None, {"stages": 2}) == {
         "slots": 64, "stages": 2, "splits": 1, "overlap": 1,
     }  # fmt: skip
-    assert dataclasses.is_dataclass(gpus.current())

@@ -186,10 +186,9 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
-    """Return blocks to try on a GPU: with one to four of them resident on a processor, the splits fill it as before."""
+    """Return blocks to try on a GPU: with one to four resident on a processor; splits fill all processors as before."""
     del case
-    found: list[dict[str, int]] = [{}]
-    found += [{"slots": 64, "stages": stages} for stages in (2, 3, 4, 6)]
+    found = [{"slots": 64, "stages": stages} for stages in (2, 3, 4, 6)] + [{"overlap": 0}]
     return found + [{"slots": 128, "stages": stages} for stages in (2, 3)]
 
 

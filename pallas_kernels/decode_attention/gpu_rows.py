@@ -101,7 +101,7 @@ def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
 def blocks_for(
     grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any, given: dict[str, int]
 ) -> dict[str, int]:
-    """Return the blocks: those given, by default with two of them resident, and splits that fill the processors once.
+    """Return the blocks: those given, by default two resident on a processor or one, and splits that fill all once.
 
     `grid` is the number of blocks of the grid that a split takes.
     """
@@ -109,7 +109,8 @@ def blocks_for(
     slots = given.get("slots", 64)
     stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
     fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED
-    stages = given.get("stages", max(2, min(4, (gpu.shared // 2 - fixed) // stage)))
+    two = (gpu.shared // 2 - fixed) // stage
+    stages = given.get("stages", min(4, two if two >= 2 else (gpu.shared - fixed) // stage))
     resident = max(1, min(4, gpu.shared // (fixed + stages * stage)))
     splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots)), MOST_SPLITS))
     return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1} | given
