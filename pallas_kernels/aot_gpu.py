@@ -80,7 +80,7 @@ def compile_cases(names: list[str], cases: list[str] | None, timed: bool, dump: 
         found = find(name)
         if found.gpu is None:
             continue
-        for case in (found.gpu_timed or found.timed) if timed else found.tests:
+        for case in (found.gpu_timed or found.timed) if timed else (*found.tests, *found.gpu_tests):
             if cases is not None and case.name not in cases:
                 continue
             line: dict[str, Any] = {"kernel": name, "case": case.name}

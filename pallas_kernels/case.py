@@ -91,3 +91,4 @@ class Kernel:
     gpu_candidates: Callable[[Case], Sequence[dict[str, int]]] | None = None  # blocks worth trying there
     gpu_peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     gpu_timed: Sequence[Case] = ()  # timed on a GPU; by default what is timed anyway
+    gpu_tests: Sequence[Case] = ()  # checked on a GPU beside `tests`

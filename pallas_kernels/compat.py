@@ -60,8 +60,6 @@ def traced_for(device: jax.Device) -> Any:
 
 def load(ref: Any, layout: Any, optimized: bool = False) -> Any:
     """Return what a ref of a GPU kernel holds, in a layout of registers; `optimized` raises where banks conflict."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty:
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)

@@ -37,7 +37,9 @@ def device() -> dict[str, Any]:
 
 def checks(names: Sequence[str], cases: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     """Yield a line for each test case: whether the kernel is its reference on this device."""
-    found = [(find(name), case) for name in names for case in find(name).tests if cases is None or case.name in cases]
+    kernels = [find(name) for name in names]
+    found = [(kernel, case) for kernel in kernels for case in (*kernel.tests, *kernel.gpu_tests)]
+    found = [(kernel, case) for kernel, case in found if cases is None or case.name in cases]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(lambda job: _check(*job), [job for job in found if job[0].gpu is not None])
 

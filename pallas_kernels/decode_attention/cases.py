@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.case import Case, Kernel
-from pallas_kernels.decode_attention import gpu, reference, tpu
+from pallas_kernels.decode_attention import gpu, peers, reference, tpu
 from pallas_kernels.decode_attention.tpu import shape_class
 
 
@@ -28,6 +28,7 @@ def case(
     position: list[int] | None = None,
     tree: np.ndarray | None = None,
     blocks: dict[str, int] | None = None,
+    gpu_blocks: dict[str, int] | None = None,
     **options: Any,
 ) -> Case:
     """Return a case; `cache` is the dtype of a quantized cache, whose scales come with it."""
@@ -58,6 +59,7 @@ def case(
         bytes=2.0 * live * K * (H * size + (4 if cache is not None else 0)),
         blocks={"slots": 128 if cache is not None else 32 if S % 32 == 0 else 64, "heads": 2, "buffers": 3, "splits": 1}
         | (blocks or {}),
+        gpu_blocks=gpu_blocks,
         spoil=_spoil,
         races=name in RACES,
     )
@@ -133,6 +135,17 @@ TESTS = [
     case("int8_heads", 2, 1, 4, 2, 256, 128, [256, 130], cache=jnp.int8, scales=jnp.bfloat16, blocks={"heads": 4}),
 ]
 
+# Blocks that reach past the cache, a split with nothing to do, rows in more than one tile, nodes in two words.
+GPU_TESTS = [
+    case("past_the_end", 2, 1, 2, 4, 200, 128, [200, 130], return_lse=True),
+    case("gpu_splits", 3, 2, 2, 2, 512, 64, [500, 31, 0], return_lse=True, gpu_blocks={"splits": 3, "stages": 2}),
+    case("rows_of_12", 2, 3, 2, 4, 256, 64, [250, 70]),
+    case("rows_of_80", 2, 10, 1, 8, 256, 64, [250, 70]),
+    case("tree_40", 1, 40, 1, 1, 256, 128, [200], tree=tree_of([-1, *[max(0, i // 2 - 1) for i in range(1, 40)]])),
+    case("int8_splits", 2, 1, 2, 4, 1024, 128, [1000, 130], cache=jnp.int8, gpu_blocks={"splits": 3, "stages": 2}),
+    case("int8_window", 2, 1, 2, 4, 512, 64, [500, 130], cache=jnp.int8, window=100, sinks=4),
+]
+
 
 def _real(name: str, B: int, S: int, T: int = 1, **options: Any) -> Case:
     return case(name, B, T, 8, 8, S, 128, [S] * B, **options)
@@ -152,6 +165,15 @@ TIMED = [
     _real("window_1024", 16, 8192, window=1024, sinks=4),
 ]
 
+GPU_TIMED = [
+    *[case(f"g4_b{B}_s8192", B, 1, 8, 4, 8192, 128, [8192] * B) for B in (1, 4, 16, 64)],
+    *[case(f"g4_b{B}_s8192_int8", B, 1, 8, 4, 8192, 128, [8192] * B, cache=jnp.int8) for B in (1, 4, 16, 64)],
+    *[case(f"g4_b{B}_s32768", B, 1, 8, 4, 32768, 128, [32768] * B) for B in (1, 4, 16)],
+    *[case(f"g4_b{B}_s32768_int8", B, 1, 8, 4, 32768, 128, [32768] * B, cache=jnp.int8) for B in (1, 4, 16)],
+    case("g4_b16_s8192_fp8", 16, 1, 8, 4, 8192, 128, [8192] * 16, cache=jnp.float8_e4m3fn),
+    *TIMED,
+]
+
 
 def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     """Return blocks to try: a copy of 256 KiB to 2 MiB, in two to four buffers."""
@@ -163,4 +185,24 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     return found
 
 
-KERNEL = Kernel("decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, gpu=gpu)
+def gpu_candidates(case: Case) -> list[dict[str, int]]:
+    """Return blocks to try on a GPU: with one to four resident on a processor; splits fill all processors as before."""
+    del case
+    found = [{"slots": 64, "stages": stages} for stages in (2, 3, 4, 6)] + [{"overlap": 0}]
+    return found + [{"slots": 128, "stages": stages} for stages in (2, 3)]
+
+
+KERNEL = Kernel(
+    "decode_attention",
+    tpu,
+    reference,
+    TESTS,
+    TIMED,
+    candidates,
+    shape_class,
+    gpu=gpu,
+    gpu_candidates=gpu_candidates,
+    gpu_peers=peers.PEERS,
+    gpu_timed=GPU_TIMED,
+    gpu_tests=GPU_TESTS,
+)

@@ -48,6 +48,7 @@ class Plan:
     sinks: int
     tree_words: int  # 32 nodes each; 0 where there is no tree
     with_lse: bool
+    overlap: bool  # with the kernels before and after: begins before the one before has ended, and waits for that
     has_start: bool
     has_position: bool
 
@@ -107,9 +108,18 @@ def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
 
 def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) -> None:
     """Attend to a split's share of a row; `source.copies` starts the copies of a block of keys or values."""
+    if plan.overlap:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
     group, tile = _divide(jax.lax.axis_index("rows"), plan.tiles)
     b, head = _divide(group, plan.kv_heads)
     split = jax.lax.axis_index("splits")
+    first_column = tile * plan.columns
+    columns = pl.ds(first_column, plan.columns)
+    # Past the last row and past H a copy fills in zeros; where it begins is not known when it is compiled, or jax
+    # would not allow it.
+    width = pl.ds(group * 0, plan.width)
+    plgpu.copy_gmem_to_smem(refs["q"].at[group, columns, width], memory["q"], memory["q_barrier"])
     at = _Range(plan, refs, b)
     begin, end = at.share(split)
 
@@ -117,12 +127,6 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
         stage, base = jax.lax.rem(item - begin, plan.stages), at.base_of(item)
         source.copies(refs, memory, names, b, head, base, at.end, stage)
 
-    first_column = tile * plan.columns
-    columns = pl.ds(first_column, plan.columns)
-    # Past the last row and past H a copy fills in zeros; where it begins is not known when it is compiled, or jax
-    # would not allow it.
-    width = pl.ds(group * 0, plan.width)
-    plgpu.copy_gmem_to_smem(refs["q"].at[group, columns, width], memory["q"], memory["q_barrier"])
     for ahead in range(plan.stages):
 
         @pl.when(begin + ahead < end)
@@ -168,7 +172,7 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     safe = jnp.where(nothing, 1.0, total)
     acc = acc * _wide(1.0 / safe, acc.shape, 1)
     turned = plgpu.layout_cast(acc.astype(plan.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    memory["out"].transpose((1, 0))[...] = turned
+    compat.transposed(memory["out"])[...] = turned
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(memory["out"], refs["out"].at[group, split, columns, width])
     if plan.with_lse:
@@ -183,7 +187,7 @@ def _scores(plan: Plan, memory: dict[str, Any], stage: Any) -> Any:
     keys = memory["k"].at[stage]
     if plan.quantized:
         keys = widen(keys, MATRIX)
-    found = multiply(None, keys, plgpu.transpose_ref(memory["q"], (1, 0)))
+    found = multiply(None, keys, compat.transposed(memory["q"]))
     factor = plan.scale * LOG2E if plan.softcap is None else plan.scale / plan.softcap
     if plan.quantized:
         steps = compat.load(memory["k_scale"].at[stage], BY_SLOT).astype(jnp.float32)
@@ -215,9 +219,9 @@ def _mixed(plan: Plan, memory: dict[str, Any], stage: Any, whole: Any, alive: An
             values[...] = jnp.where(alive(held.shape, MATRIX), held, jnp.zeros((), held.dtype))
 
     turned = plgpu.layout_cast(weights.astype(plan.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.transpose_ref(memory["weights"], (1, 0))[...] = turned
+    compat.transposed(memory["weights"])[...] = turned
     plgpu.commit_smem()
-    return multiply(acc, plgpu.transpose_ref(values, (1, 0)), plgpu.transpose_ref(memory["weights"], (1, 0)))
+    return multiply(acc, compat.transposed(values), compat.transposed(memory["weights"]))
 
 
 def multiply(acc: Any, a: Any, b: Any) -> Any:

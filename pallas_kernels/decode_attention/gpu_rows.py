@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import gpus
+from pallas_kernels import compat, gpus
 from pallas_kernels.calls import Known
 from pallas_kernels.decode_attention.gpu_body import Plan, body, scratch, swizzle
+from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
@@ -52,14 +52,16 @@ def attend_rows(
     check(q.dtype, stored, scales, H)
     width = -(-H // 64) * 64
     columns = min(-(-rows // 8) * 8, MOST_COLUMNS[width])
-    chosen = {**default_blocks(B * K * -(-rows // columns), capacity, width, columns, stored, scales), **(blocks or {})}
+    grid = B * K * -(-rows // columns)
+    chosen = blocks_for(grid, capacity, width, columns, stored, scales, blocks or {})
     slots = source.fit(chosen["slots"])
     plan = Plan(
         kv_heads=K, rows=rows, columns=columns, tokens=T, capacity=capacity, slots=slots, stages=chosen["stages"],
         splits=chosen["splits"], H=H, dtype=dtype, stored=stored, scales=scales,
-        out_dtype=jnp.dtype(jnp.float32) if chosen["splits"] > 1 else q.dtype, scale=scale, softcap=softcap,
+        out_dtype=jnp.dtype(jnp.float32 if chosen["splits"] > 1 else q.dtype), scale=scale, softcap=softcap,
         window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
-        with_lse=return_lse or chosen["splits"] > 1, has_start=start is not None, has_position=position is not None,
+        with_lse=return_lse or chosen["splits"] > 1, overlap=bool(chosen["overlap"]) and not interpret,
+        has_start=start is not None, has_position=position is not None,
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
     if rows > 8 and rows % 8:  # a copy fills in what is past the end of an array only where that is a tile's end
@@ -72,13 +74,15 @@ def attend_rows(
     if tree is not None:
         inputs["tree"] = _tree_words(jnp.asarray(tree), B, N // K, plan)
     found = _call(name, plan, source, inputs | source.arrays, interpret)
-    out, lse = _merge(found["out"], found["lse"][..., :rows] if plan.with_lse else None)
+    if plan.splits > 1:
+        out, lse = (by_xla if interpret else merge)(found["out"], found["lse"], q.dtype, plan.overlap)
+    else:
+        out, lse = found["out"], found["lse"][..., :rows] if return_lse else None
 
     def ungroup(x):
         return x.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
-    out = ungroup(out).astype(q.dtype)
-    return (out, ungroup(lse)[..., 0]) if return_lse else out
+    return (ungroup(out), ungroup(lse)[..., 0]) if return_lse else ungroup(out)
 
 
 def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
@@ -94,16 +98,22 @@ def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
     swizzle(H, queries), swizzle(H, stored)
 
 
-def default_blocks(grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any) -> dict[str, int]:
-    """Return blocks of which two or three are resident on a processor, and splits that fill all processors once."""
+def blocks_for(
+    grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any, given: dict[str, int]
+) -> dict[str, int]:
+    """Return the blocks: those given, by default two resident on a processor or one, and splits that fill all once.
+
+    `grid` is the number of blocks of the grid that a split takes.
+    """
     gpu = gpus.current()
-    slots, resident = 64, 2
+    slots = given.get("slots", 64)
     stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
     fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED
-    stages = max(2, min(4, (gpu.shared // resident - fixed) // stage))
+    two = (gpu.shared // 2 - fixed) // stage
+    stages = given.get("stages", min(4, two if two >= 2 else (gpu.shared - fixed) // stage))
     resident = max(1, min(4, gpu.shared // (fixed + stages * stage)))
-    splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots))))
-    return {"slots": slots, "stages": stages, "splits": splits}
+    splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots)), MOST_SPLITS))
+    return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1} | given
 
 
 def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
@@ -120,15 +130,14 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         refs = dict(zip(names, given, strict=True)) | dict(zip(shapes, found, strict=True))
         body(plan, source, refs, dict(zip(memory, held, strict=True)))
 
-    call = plgpu.kernel(
+    call = compat.gpu_kernel(
         run,
+        name=name,
         out_type=list(shapes.values()),
         grid=(groups * plan.tiles, plan.splits),
         grid_names=("rows", "splits"),
-        kernel_name=name,
         scratch_types=list(memory.values()),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({"interpret": interpret} if interpret else {}),
+        interpret=interpret,
     )
     return dict(zip(shapes, call(*inputs.values()), strict=True))
 
@@ -142,14 +151,3 @@ def _tree_words(tree: Bool[Array, "..."], B: int, G: int, plan: Plan) -> Int[Arr
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
     found = jnp.concatenate([words, tree.sum(-1, keepdims=True, dtype=jnp.int32) - 1], axis=-1).swapaxes(1, 2)
     return jnp.pad(jnp.tile(found, (1, 1, G)), ((0, 0), (0, 0), (0, plan.tiles * plan.columns - plan.rows)))
-
-
-def _merge(out: Float[Array, "G X R H"], lse: Float[Array, "G X R"] | None):
-    """Return the attention over all splits, and the log of its total."""
-    if lse is None or out.shape[1] == 1:
-        return out[:, 0], None if lse is None else lse[:, 0]
-    peak = lse.max(axis=1)
-    weight = jnp.exp(lse - jnp.where(peak == -jnp.inf, 0, peak)[:, None])
-    total = weight.sum(axis=1)
-    safe = jnp.where(total == 0, 1, total)
-    return (out * weight[..., None]).sum(axis=1) / safe[..., None], peak + jnp.log(safe)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.case import Case, Kernel
-from pallas_kernels.decode_attention.cases import BRANCHING
+from pallas_kernels.decode_attention.cases import BRANCHING, gpu_candidates
 from pallas_kernels.paged_decode_attention import gpu, peers, reference, tpu
 from pallas_kernels.paged_decode_attention.tpu import shape_class
 
@@ -32,6 +32,7 @@ def case(
     start: list[int] | None = None,
     most: int | None = None,
     blocks: dict[str, int] | None = None,
+    gpu_blocks: dict[str, int] | None = None,
     **options: Any,
 ) -> Case:
     """Return a case whose rows have their pages anywhere; `most` is the number of entries of a row's table."""
@@ -64,6 +65,7 @@ def case(
         flops=4.0 * live * T * K * G * H,
         bytes=2.0 * live * K * (H * size + (4 if cache is not None else 0)),
         blocks={"slots": 2 * page, "heads": 2, "buffers": 3, "splits": 1} | (blocks or {}),
+        gpu_blocks=gpu_blocks,
         donated=("k_pages", "v_pages", "k_scale", "v_scale") if append else (),
         spoil=_spoil,
         races=name in RACES,
@@ -105,6 +107,11 @@ TESTS = [
     case("int8", 2, 2, 2, 4, 64, 128, [130, 65], cache=jnp.int8),
     case("fp8", 2, 1, 2, 4, 32, 128, [130, 65], cache=jnp.float8_e4m3fn, scales=jnp.bfloat16),
 ]
+GPU_TESTS = [
+    case("gpu_splits", 3, 1, 2, 4, 64, 128, [700, 31, 0], return_lse=True, gpu_blocks={"splits": 3, "stages": 2}),
+    case("pages_128", 2, 1, 2, 4, 128, 128, [300, 129]),
+    case("int8_128", 2, 1, 2, 4, 128, 64, [300, 129], cache=jnp.int8, gpu_blocks={"splits": 2}),
+]
 
 
 def _real(name: str, B: int, S: int, page: int, **options: Any) -> Case:
@@ -119,6 +126,18 @@ TIMED = [
     _real("b8_s4096_p128_int8", 8, 4096, 128, cache=jnp.int8),
     case("ragged_p64", 16, 1, 8, 8, 64, 128, [4096, 100, 4000, 17, 3000, 512, 2048, 4001] * 2),
 ]
+GPU_TIMED = [
+    *[
+        case(f"g4_b{B}_s{S}_p{page}", B, 1, 8, 4, page, 128, [S] * B, append=False)
+        for page in (64, 16)
+        for B, S in ((1, 8192), (16, 8192), (64, 8192), (4, 32768))
+    ],
+    *[
+        case(f"g4_b{B}_s8192_p64_int8", B, 1, 8, 4, 64, 128, [8192] * B, append=False, cache=jnp.int8)
+        for B in (1, 16, 64)
+    ],
+    *TIMED,
+]
 
 
 def candidates(case: Case, chip: str) -> list[dict[str, int]]:
@@ -129,4 +148,18 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     ]
 
 
-KERNEL = Kernel("paged_decode_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, peers.PEERS, gpu=gpu)
+KERNEL = Kernel(
+    "paged_decode_attention",
+    tpu,
+    reference,
+    TESTS,
+    TIMED,
+    candidates,
+    shape_class,
+    peers.PEERS,
+    gpu=gpu,
+    gpu_candidates=gpu_candidates,
+    gpu_peers={"xla": peers.xla},
+    gpu_timed=GPU_TIMED,
+    gpu_tests=GPU_TESTS,
+)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import chips, peers
+from pallas_kernels.decode_attention.peers import xla as plain
+from pallas_kernels.paged_decode_attention.reference import gather
 
 
 def jax_paged_attention(
@@ -50,6 +52,13 @@ def jax_ragged_paged_attention(
     attend = ragged_paged_attention.ragged_paged_attention.__wrapped__
     with peers.known_scalars([length, table, ends, np.zeros(2), count]):
         return attend(q[:, 0], pages, *arrays, sm_scale=scale, vmem_limit_bytes=limit, **blocks)
+
+
+def xla(q, k_pages, v_pages, table, length, *, scale, new=None, k_scale=None, v_scale=None, **options):
+    """Return the formula in plain jax, over pages that are gathered first; it appends nothing."""
+    del new
+    scales = {} if k_scale is None else {"k_scale": gather(k_scale, table), "v_scale": gather(v_scale, table)}
+    return plain(q, gather(k_pages, table), gather(v_pages, table), length, scale=scale, **scales, **options)
 
 
 _JAX = {"paged_attention": jax_paged_attention, "ragged_paged_attention": jax_ragged_paged_attention}
