@@ -85,13 +85,18 @@ def body(*refs, names: list[str], plan: Plan, scale: float, softcap: float | Non
     pl.run_scoped(run, **memory, collective_axes="group")
 
 
+def _stage(count: Any, stages: int) -> Any:
+    """Return where in the ring the block after `count` others is."""
+    return count & (stages - 1) if stages & (stages - 1) == 0 else rem(count, stages)
+
+
 def _copy(arrays, held, plan, items, b, head, i, first, _, done):
     """Copy a block of queries, and the blocks of keys and values that it needs, after `done` others."""
     stages = held["keys"].shape[0]
     key_head = lax.div(head, jnp.int32(plan.N // plan.K))
 
     def copy(source, name, item):
-        stage = rem(done + item, stages)
+        stage = _stage(done + item, stages)
         block = pl.ds(items.block(item) * plan.slots, plan.slots)
 
         @pl.when(done + item >= stages)
@@ -184,18 +189,18 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
         plgpu.wgmma(scores, queries, compat.transposed(held["keys"].at[stage]))
 
     def multiply_first(scores):
-        plgpu.barrier_wait(held["keys_ready"].at[rem(done, stages)])
+        plgpu.barrier_wait(held["keys_ready"].at[_stage(done, stages)])
 
         @pl.when((group > 0) | jnp.logical_not(first))
         def _():
             plgpu.barrier_wait(held["turn"].at[group])
 
-        multiply_keys(scores, rem(done, stages))
+        multiply_keys(scores, _stage(done, stages))
         plgpu.barrier_arrive(held["turn"].at[following])
         return plgpu.wgmma_accumulator_load(scores)
 
     def step(item, carry, masked):
-        stage, before = rem(done + item, stages), rem(done + item - 1, stages)
+        stage, before = _stage(done + item, stages), _stage(done + item - 1, stages)
         base = items.block(item) * slots
         acc, peak, total, weights = carry
 
@@ -244,7 +249,7 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
 
     plgpu.barrier_wait(held["queries_ready"].at[group])
     scores = lax.optimization_barrier(pl.run_scoped(multiply_first, plgpu.ACC((ROWS, slots), jnp.float32)))
-    stage = rem(done, stages)
+    stage = _stage(done, stages)
     plgpu.barrier_arrive(held["keys_free"].at[stage])
     base = items.block(jnp.int32(0)) * slots
     wide, peak, total, _ = weigh(scores, base, masked, peak, total)
@@ -268,7 +273,7 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
     if "out" in held:
         plgpu.barrier_arrive(held["queries_free"].at[group])
         out = held["out"].at[group]
-    stage = rem(done + items.total - 1, stages)
+    stage = _stage(done + items.total - 1, stages)
     acc = pl.run_state(multiply_last(weights, stage))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(held["values_free"].at[stage])
 
