@@ -16,8 +16,8 @@ log of the sum of the exponentials of a query's scores, -inf where it sees nothi
 of `gradient.py` is the same and has a gradient. (FlashAttention, 2205.14135; 2307.08691.)
 """
 
-from pallas_kernels.prefill_attention.reference import prefill_attention as reference
 from pallas_kernels.prefill_attention.gpu import prefill_attention as gpu
+from pallas_kernels.prefill_attention.reference import prefill_attention as reference
 from pallas_kernels.prefill_attention.tpu import prefill_attention as tpu
 
 __all__ = ["gpu", "reference", "tpu"]

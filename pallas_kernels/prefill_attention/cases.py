@@ -182,7 +182,6 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     return [{"queries": queries, "slots": 512, "rows": rows, "buffers": 2} for queries, rows in sizes]
 
 
-
 def _gpu(name: str, T: int, S: int, pairs: float, **options: Any) -> Case:
     """Return a case of 16384 tokens of 32 query heads and 8 key heads, as many rows of T as that takes."""
     return case(name, 16384 // T, T, 8, 4, S, 128, pairs=pairs, **options)
@@ -208,7 +207,7 @@ GPU_TIMED = [
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
     """Return blocks to try on a GPU."""
     H = case.shapes["q"].shape[3]
-    sizes = {64: [(128, 128, 4), (192, 128, 4)], 128: [(128, 128, 2), (128, 64, 4)], 256: [(128, 64, 2)]}[H]
+    sizes = {64: [(128, 128, 4), (192, 64, 6)], 128: [(128, 128, 2), (128, 64, 4)], 256: [(128, 64, 2)]}[H]
     names = ("queries", "slots", "stages", "processors")
     return [dict(zip(names, (*size, processors), strict=True)) for size in sizes for processors in (132, 0)]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, gpus
@@ -56,7 +55,7 @@ def prefill_attention(
     K, S = k.shape[1:3]
     check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
     _check(q, k, v, starts, k_scale)
-    chosen = blocks or default_blocks(q, k)
+    chosen = blocks or default_blocks(q)
     queries, slots, stages = chosen["queries"], chosen["slots"], chosen["stages"]
     if lists is not None and (sparse_block[0] % queries or sparse_block[1] % slots):
         raise NotImplementedError(f"sparse_block={sparse_block}: must be multiples of {queries} queries, {slots} slots")
@@ -82,15 +81,13 @@ def prefill_attention(
     spare = gpus.current().shared - need
     if spare < 0 or stages < 2 or queries // ROWS not in REGISTERS or queries % ROWS or slots % ROWS:
         raise ValueError(
-            f"blocks={chosen}: {need} bytes of shared memory must be {gpus.current().shared} or less, stages 2 or more, "
-            f"queries {' or '.join(str(n * ROWS) for n in REGISTERS)}, and slots a multiple of {ROWS}"
+            f"blocks={chosen}: {need} bytes of shared memory must be {gpus.current().shared} or less, stages 2 or "
+            f"more, queries {' or '.join(str(n * ROWS) for n in REGISTERS)}, and slots a multiple of {ROWS}"
         )
     apart = plan.processors < plan.all_tiles and spare >= 2 * H * queries
     memory = scratch(plan, H, q.dtype, stages, return_lse, apart)
     found = compat.gpu_kernel(
-        functools.partial(
-            body, names=[*arrays, *results], plan=plan, scale=scale, softcap=softcap, memory=memory
-        ),
+        functools.partial(body, names=[*arrays, *results], plan=plan, scale=scale, softcap=softcap, memory=memory),
         name="prefill_attention",
         out_type=tuple(results.values()),
         grid=(plan.processors,),
@@ -103,11 +100,12 @@ def prefill_attention(
     return (out, found[1][:, :, :T].swapaxes(1, 2)) if return_lse else out
 
 
-def default_blocks(q: Any, k: Any) -> dict[str, int]:
-    """Return the blocks for queries and a cache."""
-    del k
-    slots, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[q.shape[3]]
-    return {"queries": 128, "slots": slots, "stages": stages, "processors": gpus.current().processors}
+def default_blocks(q: Any) -> dict[str, int]:
+    """Return the blocks for queries: the most slots whose scores the registers hold, and whose copies the memory."""
+    H = q.shape[3]
+    slots, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[H]
+    # Wide heads leave no memory for an output apart from the queries: a processor's next block would have to wait.
+    return {"queries": 128, "slots": slots, "stages": stages, "processors": gpus.current().processors if H < 256 else 0}
 
 
 def _padded(x: Array, axis: int) -> Array:

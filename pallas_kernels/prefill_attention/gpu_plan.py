@@ -48,7 +48,11 @@ class Plan:
     def tiles(self, processor: Any) -> Any:
         """Return how many tiles a processor has."""
         turns, rest = divmod(self.all_tiles, self.processors)
-        return turns + (self.tile(processor, jnp.int32(turns)) < self.all_tiles).astype(jnp.int32) if rest else jnp.int32(turns)
+        return (
+            turns + (self.tile(processor, jnp.int32(turns)) < self.all_tiles).astype(jnp.int32)
+            if rest
+            else jnp.int32(turns)
+        )
 
     def at(self, index: Any) -> tuple[Any, Any, Any]:
         """Return b, query head and block of queries of a tile.
