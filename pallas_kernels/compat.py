@@ -79,6 +79,12 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
 
 
+def gpu_load(ref: Any, layout: Any) -> Any:
+    """Return what is in a GPU's memory, in the registers of a layout."""
+    index = () if jax.__version_info__ >= (0, 11) else ((),)
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
 def gpu_params() -> Any:
     """Return the parameters of a Mosaic GPU call: every thread's own code, and the fast exponentials."""
     return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)

@@ -19,16 +19,18 @@ def case_of(name: str, case: str) -> tuple[Kernel, Case]:
     return found, next(c for c in found.tests if c.name == case)
 
 
-def check(found: Kernel, case: Case, interpret: Any, *, known: bool = False, seed: int = 0) -> None:
+def check(found: Kernel, case: Case, interpret: Any, *, known: bool = False, seed: int = 0, gpu: bool = False) -> None:
     """Compare a kernel with its reference, NaN wherever it must not look.
 
-    `known`: its scalars are numpy arrays, written into the kernel; else they are arguments of the call.
+    `known`: its scalars are numpy arrays, written into the kernel; else they are arguments of the call. `gpu`: it is
+    the kernel for a GPU.
     """
     inputs = case.inputs(seed)
     spoiled = case.spoil(inputs) if case.spoil else inputs
     arrays, inputs = jax.tree.map(jnp.asarray, (spoiled, inputs))
     given = spoiled if known else arrays
-    outputs = found.tpu(**given, **case.options, blocks=case.blocks, interpret=interpret)
+    call, blocks = (found.gpu, case.gpu_blocks) if gpu else (found.tpu, case.blocks)
+    outputs = call(**given, **case.options, blocks=blocks, interpret=interpret)
     expected = found.reference(**inputs, **case.options)
     if case.donated:
         # What is changed in place keeps the rest as it was, whatever it holds, bit for bit.

@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels.case import Case, Kernel
 from pallas_kernels.prefill_attention import gpu, reference, tpu
+from pallas_kernels.prefill_attention.gpu_peers import GPU_PEERS
 from pallas_kernels.prefill_attention.peers import PEERS
 from pallas_kernels.prefill_attention.tpu import shape_class
 
@@ -32,6 +33,7 @@ def case(
     sparse: tuple[np.ndarray, np.ndarray] | None = None,
     pairs: float = 0.0,
     blocks: dict[str, int] | None = None,
+    gpu_blocks: dict[str, int] | None = None,
     **options: Any,
 ) -> Case:
     """Return a case; `cache` is the dtype of a quantized cache, whose scales come with it, `sparse` counts and lists.
@@ -59,6 +61,7 @@ def case(
         flops=4.0 * pairs * B * K * G * H,
         bytes=2.0 * B * K * S * H * jnp.dtype(stored).itemsize + 2.0 * B * T * K * G * H * jnp.dtype(dtype).itemsize,
         blocks={"queries": 32, "slots": 128, "rows": 32, "buffers": 2} | (blocks or {}),
+        gpu_blocks=gpu_blocks,
         spoil=_spoil,
         races=name in RACES,
     )
@@ -105,15 +108,17 @@ def _some_empty(sparse: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.n
 
 
 RACES = ("odd_63", "chunk", "ragged", "window_sinks", "sparse", "int8")
+_FEW = {"queries": 128, "slots": 128, "stages": 2, "processors": 3}  # a GPU's, each with some blocks of queries
 _SPARSE = {"sparse_block": (32, 128), "return_lse": True, "dtype": F32}
 
 TESTS = [
     case("odd_63", 2, 63, 1, 1, 63, 64, dtype=F32, return_lse=True),
     case("odd_60_h80", 2, 60, 2, 2, 60, 80, dtype=F32, length=[60, 33], return_lse=True),
     case("odd_130_h96", 1, 130, 1, 4, 130, 96, dtype=F32, blocks={"rows": 64}),
-    case("gqa_8_h128", 1, 130, 1, 8, 256, 128, dtype=F32, softcap=5.0, blocks={"rows": 128}),
+    case("gqa_8_h128", 1, 130, 1, 8, 256, 128, dtype=F32, softcap=5.0, blocks={"rows": 128}, gpu_blocks=_FEW),
     case("h256", 1, 70, 2, 1, 128, 256, dtype=F32, blocks={"rows": 16, "buffers": 3}),
-    case("chunk", 3, 40, 2, 2, 384, 64, dtype=F32, position=[0, 300, 120], length=[40, 340, 160], return_lse=True),
+    case("chunk", 3, 40, 2, 2, 384, 64, dtype=F32, position=[0, 300, 120], length=[40, 340, 160], return_lse=True,
+         gpu_blocks=_FEW),
     case("empty_rows", 3, 40, 2, 1, 256, 64, dtype=F32, position=[0, 7, -1], length=[0, 30, 0], return_lse=True),
     # Slots that are a part of a row's: queries begin before them, run past them, are past them all, or before them all.
     case("part", 4, 40, 2, 2, 256, 64, dtype=F32, position=[-20, 240, 400, -90], length=[20, 280, 440, -50],
@@ -129,6 +134,8 @@ TESTS = [
     case("sparse", 1, 256, 2, 2, 256, 64, sparse=random_lists(1, 2, 256, 256, (32, 128), 0.5), **_SPARSE),
     case("sparse_empty", 1, 130, 2, 2, 384, 64, position=[200],
          sparse=_some_empty(random_lists(1, 4, 130, 384, (32, 128), 0.6, 1)), **_SPARSE),
+    case("sparse_128", 2, 300, 2, 2, 384, 64, sparse=random_lists(2, 2, 300, 384, (128, 128), 0.7, 2),
+         **_SPARSE | {"sparse_block": (128, 128)}, gpu_blocks=_FEW),
     case("bf16", 2, 200, 2, 4, 256, 128, position=[0, 50], length=[200, 250], blocks={"queries": 64, "rows": 128}),
     case("int8", 1, 130, 2, 4, 256, 128, cache=jnp.int8, length=[120]),
     case("fp8", 1, 130, 2, 4, 256, 128, cache=jnp.float8_e4m3fn, scales=jnp.bfloat16, position=[60],
@@ -200,14 +207,12 @@ GPU_TIMED = [
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
     """Return blocks to try on a GPU."""
     H = case.shapes["q"].shape[3]
-    if H == 128:
-        return [{"queries": 128, "slots": 128, "stages": 2}, {"queries": 128, "slots": 64, "stages": 4}]
-    if H == 64:
-        return [{"queries": n, "slots": 128, "stages": 4} for n in (128, 192)]
-    return [{"queries": 128, "slots": 64, "stages": 2}]
+    sizes = {64: [(128, 128, 4), (192, 64, 6)], 128: [(128, 128, 2), (128, 64, 4)], 256: [(128, 64, 2)]}[H]
+    names = ("queries", "slots", "stages", "processors")
+    return [dict(zip(names, (*size, processors), strict=True)) for size in sizes for processors in (132, 0)]
 
 
 KERNEL = Kernel(
     "prefill_attention", tpu, reference, TESTS, TIMED, candidates, shape_class, PEERS,
-    gpu=gpu, gpu_candidates=gpu_candidates, gpu_timed=GPU_TIMED,
+    gpu=gpu, gpu_candidates=gpu_candidates, gpu_peers=GPU_PEERS, gpu_timed=GPU_TIMED,
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Prefill attention on a Hopper GPU over a dense cache."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,12 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, gpus
 from pallas_kernels.calls import Interpret, Known, round_up, scalar_math
-from pallas_kernels.prefill_attention.gpu_body import ROWS, body, scratch
+from pallas_kernels.prefill_attention.gpu_body import REGISTERS, ROWS, body, scratch
 from pallas_kernels.prefill_attention.gpu_plan import Plan, together
 from pallas_kernels.prefill_attention.tpu import check
 
 HEADS = (64, 128, 256)  # head dims
 TILE = 8  # rows of a tile in shared memory
+BESIDES = 2048  # bytes of shared memory for barriers and sums
 
 
 def prefill_attention(
@@ -40,7 +42,8 @@ def prefill_attention(
 ):
     """Return what the contract of this folder says.
 
-    `blocks`: queries and slots a block, stages of the ring that the slots are copied into; by default `default_blocks`.
+    `blocks`: queries and slots a block, stages of the ring that the slots are copied into, and processors that share
+    the blocks of queries, or 0: one for each. By default `default_blocks`.
     Queries and slots of no whole tiles of 8 are padded first, which copies them.
 
     Raises:
@@ -52,7 +55,7 @@ def prefill_attention(
     K, S = k.shape[1:3]
     check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
     _check(q, k, v, starts, k_scale)
-    chosen = blocks or default_blocks(q, k)
+    chosen = blocks or default_blocks(q)
     queries, slots, stages = chosen["queries"], chosen["slots"], chosen["stages"]
     if lists is not None and (sparse_block[0] % queries or sparse_block[1] % slots):
         raise NotImplementedError(f"sparse_block={sparse_block}: must be multiples of {queries} queries, {slots} slots")
@@ -61,6 +64,7 @@ def prefill_attention(
         None if lists is None else (lists.shape[1], lists.shape[3]), sparse_block,
         length is not None or starts is not None, together(B * K, 4 * H, S),
     )  # fmt: skip
+    plan = dataclasses.replace(plan, processors=min(chosen.get("processors") or plan.all_tiles, plan.all_tiles))
 
     arrays = {"q": _padded(q, 1), "k": _padded(k, 2), "v": _padded(v, 2)}
     scalars = {"position": position, "length": length}
@@ -73,16 +77,21 @@ def prefill_attention(
     if return_lse:
         results["lse"] = jax.ShapeDtypeStruct((B, N, plan.blocks * queries), jnp.float32)
 
-    memory = scratch(plan, H, q.dtype, stages, return_lse)
-    need = sum(x.dtype.itemsize * x.size for x in map(_buffer, memory.values()) if x is not None)
-    if need > gpus.current().shared - 2048:
-        raise ValueError(f"blocks={chosen}: they need {need} bytes of shared memory; take fewer stages or slots")
+    need = 2 * H * (queries + 2 * stages * slots) + BESIDES
+    spare = gpus.current().shared - need
+    if spare < 0 or stages < 2 or queries // ROWS not in REGISTERS or queries % ROWS or slots % ROWS:
+        raise ValueError(
+            f"blocks={chosen}: {need} bytes of shared memory must be {gpus.current().shared} or less, stages 2 or "
+            f"more, queries {' or '.join(str(n * ROWS) for n in REGISTERS)}, and slots a multiple of {ROWS}"
+        )
+    apart = plan.processors < plan.all_tiles and spare >= 2 * H * queries
+    memory = scratch(plan, H, q.dtype, stages, return_lse, apart)
     found = compat.gpu_kernel(
         functools.partial(body, names=[*arrays, *results], plan=plan, scale=scale, softcap=softcap, memory=memory),
         name="prefill_attention",
         out_type=tuple(results.values()),
-        grid=(B * N * plan.blocks,),
-        grid_names=("tile",),
+        grid=(plan.processors,),
+        grid_names=("processor",),
         num_threads=queries // ROWS + 1,
         thread_name="group",
         interpret=interpret,
@@ -91,15 +100,12 @@ def prefill_attention(
     return (out, found[1][:, :, :T].swapaxes(1, 2)) if return_lse else out
 
 
-def default_blocks(q: Any, k: Any) -> dict[str, int]:
-    """Return the blocks for queries and a cache."""
-    del k
-    slots, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[q.shape[3]]
-    return {"queries": 128, "slots": slots, "stages": stages}
-
-
-def _buffer(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else None
+def default_blocks(q: Any) -> dict[str, int]:
+    """Return the blocks for queries: the most slots whose scores the registers hold, and whose copies the memory."""
+    H = q.shape[3]
+    slots, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[H]
+    # Wide heads leave no memory for an output apart from the queries: a processor's next block would have to wait.
+    return {"queries": 128, "slots": slots, "stages": stages, "processors": gpus.current().processors if H < 256 else 0}
 
 
 def _padded(x: Array, axis: int) -> Array:

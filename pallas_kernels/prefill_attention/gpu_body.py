@@ -6,6 +6,7 @@ product of a step's queries and keys is under way together with that of the weig
 which lasts on while the exponentials are computed (FlashAttention-3, 2407.08608).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -25,78 +26,109 @@ LOG2E = math.log2(math.e)
 REGISTERS = {2: (240, 24), 3: (160, 32)}  # a thread, where there are so many warpgroups that multiply
 
 
-def scratch(plan: Plan, H: int, dtype: Any, stages: int, return_lse: bool) -> dict[str, Any]:
-    """Return what a block has in shared memory: tiles as the matrix unit takes them, and barriers."""
+def scratch(plan: Plan, H: int, dtype: Any, stages: int, return_lse: bool, apart: bool) -> dict[str, Any]:
+    """Return what a block has in shared memory: tiles as the matrix unit takes them, and barriers.
+
+    `apart`: the output has memory of its own, so that the next queries are copied before it is written.
+    """
     groups = plan.queries // ROWS
     tiles = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
     found = {
-        "queries": plgpu.SMEM((groups, ROWS, H), dtype, transforms=tiles),  # later the output
+        "queries": plgpu.SMEM((groups, ROWS, H), dtype, transforms=tiles),
         "keys": plgpu.SMEM((stages, plan.slots, H), dtype, transforms=tiles),
         "values": plgpu.SMEM((stages, plan.slots, H), dtype, transforms=tiles),
         "queries_ready": plgpu.Barrier(num_barriers=groups),
+        "queries_free": plgpu.Barrier(num_barriers=groups),
         "keys_ready": plgpu.Barrier(num_barriers=stages),
         "values_ready": plgpu.Barrier(num_barriers=stages),
         "keys_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         "values_free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         "turn": plgpu.Barrier(num_barriers=groups),
     }
-    return found | ({"sums": plgpu.SMEM((groups, ROWS), jnp.float32)} if return_lse else {})
+    if apart:
+        found["out"] = plgpu.SMEM((groups, ROWS, H), dtype, transforms=tiles)
+    if return_lse:
+        found["sums"] = plgpu.SMEM((groups, ROWS), jnp.float32)
+    return found
 
 
 def body(*refs, names: list[str], plan: Plan, scale: float, softcap: float | None, memory: dict[str, Any]):
-    """Attend: one block of queries of one head a grid point. `names` are those of the arrays in GPU memory."""
+    """Attend: some blocks of queries, each of one head, a grid point. `names`: of the arrays in the GPU's memory."""
     arrays = dict(zip(names, refs, strict=True))
     group = lax.axis_index("group")
     groups = plan.queries // ROWS
     registers = REGISTERS[groups]
 
     def run(**held):
+        def over_tiles(step):
+            processor = lax.axis_index("processor")
+            count = plan.tiles(processor)
+
+            def of_tile(turn, done):
+                b, head, i = plan.at(plan.tile(processor, turn))
+                return step(Items(plan, arrays, b, head, i), b, head, i, turn == 0, turn == count - 1, done)
+
+            lax.fori_loop(0, count, of_tile, jnp.int32(0))
+
         @pl.when(group < groups)
         def _():
             plgpu.set_max_registers(registers[0], action="increase")
-            _attend(arrays, held, plan, group, scale, softcap)
+            over_tiles(functools.partial(_attend, arrays, held, plan, group, scale, softcap))
+            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == groups)
         def _():
             plgpu.set_max_registers(registers[1], action="decrease")
-            _copy(arrays, held, plan)
+            over_tiles(functools.partial(_copy, arrays, held, plan))
 
     pl.run_scoped(run, **memory, collective_axes="group")
 
 
-def _copy(arrays, held, plan):
-    """Copy a block of queries, and all blocks of keys and values that it needs."""
-    b, head, i = plan.at(lax.axis_index("tile"))
-    items = Items(plan, arrays, b, head, i)
+def _stage(count: Any, stages: int) -> Any:
+    """Return where in the ring the block after `count` others is."""
+    return count & (stages - 1) if stages & (stages - 1) == 0 else rem(count, stages)
+
+
+def _copy(arrays, held, plan, items, b, head, i, first, _, done):
+    """Copy a block of queries, and the blocks of keys and values that it needs, after `done` others."""
     stages = held["keys"].shape[0]
     key_head = lax.div(head, jnp.int32(plan.N // plan.K))
+
+    def copy(source, name, item):
+        stage = _stage(done + item, stages)
+        block = pl.ds(items.block(item) * plan.slots, plan.slots)
+
+        @pl.when(done + item >= stages)
+        def _():
+            plgpu.barrier_wait(held[f"{name}_free"].at[stage])
+
+        plgpu.copy_gmem_to_smem(
+            arrays[source].at[b, key_head, block], held[name].at[stage], held[f"{name}_ready"].at[stage]
+        )
+
+    def step(item, _):
+        copy("k", "keys", item)
+        copy("v", "values", item)
+        return ()
+
+    copy("k", "keys", jnp.int32(0))
     for group in range(plan.queries // ROWS):
+
+        @pl.when(jnp.logical_not(first))
+        def _(group=group):
+            plgpu.barrier_wait(held["queries_free"].at[group])
+
         rows = pl.ds(i * plan.queries + group * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(
             arrays["q"].at[b, rows, head], held["queries"].at[group], held["queries_ready"].at[group]
         )
-
-    def step(item, _):
-        stage = rem(item, stages)
-        block = pl.ds(items.block(item) * plan.slots, plan.slots)
-        for source, name in (("k", "keys"), ("v", "values")):
-
-            @pl.when(item >= stages)
-            def _():
-                plgpu.barrier_wait(held[f"{name}_free"].at[stage])
-
-            plgpu.copy_gmem_to_smem(
-                arrays[source].at[b, key_head, block], held[name].at[stage], held[f"{name}_ready"].at[stage]
-            )
-        return ()
-
-    lax.fori_loop(0, items.total, step, ())
+    copy("v", "values", jnp.int32(0))
+    lax.fori_loop(1, items.total, step, ())
+    return done + items.total
 
 
-def _attend(arrays, held, plan, group, scale, softcap):
-    """Attend for 64 queries, and write their output."""
-    b, head, i = plan.at(lax.axis_index("tile"))
-    items = Items(plan, arrays, b, head, i)
+def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first, last, done):
+    """Attend for 64 queries, and write their output; `done` blocks of slots came before theirs."""
     groups, stages, slots = plan.queries // ROWS, held["keys"].shape[0], plan.slots
     H, dtype = held["queries"].shape[-1], held["queries"].dtype
     queries = held["queries"].at[group]
@@ -105,7 +137,7 @@ def _attend(arrays, held, plan, group, scale, softcap):
     sums = plgpu.Layout.WGMMA.reduce(1)
     seen_from = None
     if plan.ragged:
-        seen_from = plgpu.load(arrays["low"], (b, pl.ds(token, ROWS)), layout=sums, optimized=False)
+        seen_from = compat.gpu_load(arrays["low"].at[b, pl.ds(token, ROWS)], sums)
     seen_from, seen_to = items.seen(
         items.position + token + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=sums), seen_from
     )
@@ -156,18 +188,18 @@ def _attend(arrays, held, plan, group, scale, softcap):
         plgpu.wgmma(scores, queries, compat.transposed(held["keys"].at[stage]))
 
     def multiply_first(scores):
-        plgpu.barrier_wait(held["keys_ready"].at[0])
+        plgpu.barrier_wait(held["keys_ready"].at[_stage(done, stages)])
 
-        @pl.when(group > 0)
+        @pl.when((group > 0) | jnp.logical_not(first))
         def _():
             plgpu.barrier_wait(held["turn"].at[group])
 
-        multiply_keys(scores, 0)
+        multiply_keys(scores, _stage(done, stages))
         plgpu.barrier_arrive(held["turn"].at[following])
         return plgpu.wgmma_accumulator_load(scores)
 
     def step(item, carry, masked):
-        stage, before = rem(item, stages), rem(item - 1, stages)
+        stage, before = _stage(done + item, stages), _stage(done + item - 1, stages)
         base = items.block(item) * slots
         acc, peak, total, weights = carry
 
@@ -202,7 +234,7 @@ def _attend(arrays, held, plan, group, scale, softcap):
             plgpu.barrier_wait(held["turn"].at[group])
             plgpu.wgmma(acc, weights, held["values"].at[stage])
 
-            @pl.when(group < groups - 1)
+            @pl.when((group < groups - 1) | jnp.logical_not(last))
             def _():
                 plgpu.barrier_arrive(held["turn"].at[following])
 
@@ -216,11 +248,12 @@ def _attend(arrays, held, plan, group, scale, softcap):
 
     plgpu.barrier_wait(held["queries_ready"].at[group])
     scores = lax.optimization_barrier(pl.run_scoped(multiply_first, plgpu.ACC((ROWS, slots), jnp.float32)))
-    plgpu.barrier_arrive(held["keys_free"].at[0])
+    stage = _stage(done, stages)
+    plgpu.barrier_arrive(held["keys_free"].at[stage])
     base = items.block(jnp.int32(0)) * slots
     wide, peak, total, _ = weigh(scores, base, masked, peak, total)
-    plgpu.barrier_wait(held["values_ready"].at[0])
-    clean_values(jnp.int32(0), base, masked)
+    plgpu.barrier_wait(held["values_ready"].at[stage])
+    clean_values(stage, base, masked)
     carry = acc, peak, total, wide.astype(dtype)
 
     def loop(start, end, carry, masked):
@@ -229,22 +262,31 @@ def _attend(arrays, held, plan, group, scale, softcap):
     if plan.lists is not None:
         carry = loop(1, items.total, carry, None)
     else:
-        first, end = (jnp.maximum(x, 1) for x in items.whole)
-        carry = loop(1, first, carry, True)
-        carry = loop(first, end, carry, False)
+        whole, end = (jnp.maximum(x, 1) for x in items.whole)
+        carry = loop(1, whole, carry, True)
+        carry = loop(whole, end, carry, False)
         if plan.window is not None or plan.ragged:
             carry = loop(end, items.total, carry, True)
     acc, peak, total, weights = carry
-    acc = pl.run_state(multiply_last(weights, rem(items.total - 1, stages)))(plgpu.ACC.init(acc))
+    out = queries
+    if "out" in held:
+        plgpu.barrier_arrive(held["queries_free"].at[group])
+        out = held["out"].at[group]
+    stage = _stage(done + items.total - 1, stages)
+    acc = pl.run_state(multiply_last(weights, stage))(plgpu.ACC.init(acc))
+    plgpu.barrier_arrive(held["values_free"].at[stage])
 
     rows = pl.ds(token, ROWS)
     share = jnp.where(total > 0, 1 / total, 0.0)
-    queries[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(dtype)
+    plgpu.wait_smem_to_gmem(0)  # the output before, which is long written
+    out[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(dtype)
     if "sums" in held:
-        sums = held["sums"].at[group]
-        sums[...] = jnp.where(total > 0, peak / LOG2E + jnp.log(total), -jnp.inf)
+        held["sums"].at[group][...] = jnp.where(total > 0, peak / LOG2E + jnp.log(total), -jnp.inf)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(queries, arrays["out"].at[b, rows, head])
+    plgpu.copy_smem_to_gmem(out, arrays["out"].at[b, rows, head])
     if "sums" in held:
-        plgpu.copy_smem_to_gmem(sums, arrays["lse"].at[b, head, rows])
-    plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(held["sums"].at[group], arrays["lse"].at[b, head, rows])
+    if "out" not in held:
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(held["queries_free"].at[group])
+    return done + items.total

@@ -29,14 +29,33 @@ class Plan:
     sparse_block: tuple[int, int] | None = None
     bounded: bool = True  # `length` may be less than S
     together: int = 1  # key heads, of whatever rows, whose blocks run together
+    processors: int = 1  # that share the tiles: a block of queries of a head is one
 
     @property
     def blocks(self) -> int:
         """Blocks of queries a row."""
         return -(-self.T // self.queries)
 
+    @property
+    def all_tiles(self) -> int:
+        """Tiles of all rows and heads."""
+        return self.B * self.N * self.blocks
+
+    def tile(self, processor: Any, turn: Any) -> Any:
+        """Return a processor's tile at a turn: every other turn in reverse, so that none has the longest each time."""
+        return turn * self.processors + jnp.where(rem(turn, 2) == 0, processor, self.processors - 1 - processor)
+
+    def tiles(self, processor: Any) -> Any:
+        """Return how many tiles a processor has."""
+        turns, rest = divmod(self.all_tiles, self.processors)
+        return (
+            turns + (self.tile(processor, jnp.int32(turns)) < self.all_tiles).astype(jnp.int32)
+            if rest
+            else jnp.int32(turns)
+        )
+
     def at(self, index: Any) -> tuple[Any, Any, Any]:
-        """Return b, query head and block of queries of a grid point.
+        """Return b, query head and block of queries of a tile.
 
         The query heads of the key heads that run together come first, then the blocks, the longest of them first so
         that the last to run are short, then other key heads.
