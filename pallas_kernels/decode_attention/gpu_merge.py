@@ -14,15 +14,15 @@ from pallas_kernels.decode_attention.gpu_body import BY_SLOT, LOG2E
 MOST_SPLITS = 64  # all of them are read at once: their latency is paid once, and registers hold them
 
 
-def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any, overlap: bool = False):
-    """Return the attention `[X, R, H]` over all splits, in `dtype`, and the log of its total `[X, R]`.
+def merge(out: Float[Array, "X S C H"], lse: Float[Array, "X S C"], rows: int, dtype: Any, overlap: bool = False):
+    """Return the attention `[X, rows, H]` over all splits, in `dtype`, and the log of its total `[X, rows]`.
 
-    `lse` is each split's, -inf where it saw nothing, for C >= R rows. `overlap`: to be launched before the kernel that
-    writes `out` has ended, and to wait for it.
+    `lse` is each split's, -inf where it saw nothing; rows from `rows` on are padding. `overlap`: to be launched before
+    the kernel that writes `out` has ended, and to wait for it.
     """
-    groups, splits, rows, H = out.shape
+    groups, splits, _, H = out.shape
     if H % 64:
-        return by_xla(out, lse, dtype)
+        return by_xla(out, lse, rows, dtype)
     layout = BY_SLOT if H % 128 else plgpu.Layout.WG_STRIDED((H,), vec_size=H // 128)
 
     def body(out_ref: Any, lse_ref: Any, found_ref: Any, total_ref: Any) -> None:
@@ -50,10 +50,10 @@ def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any, 
     )(out, lse)
 
 
-def by_xla(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], dtype: Any, overlap: bool = False):
+def by_xla(out: Float[Array, "X S C H"], lse: Float[Array, "X S C"], rows: int, dtype: Any, overlap: bool = False):
     """Return what `merge` does."""
     del overlap
-    lse = lse[..., : out.shape[2]]
+    out, lse = out[:, :, :rows], lse[..., :rows]
     peak = lse.max(axis=1)
     weight = jnp.exp(lse - jnp.where(peak == -jnp.inf, 0, peak)[:, None])
     total = weight.sum(axis=1)

@@ -64,8 +64,9 @@ def attend_rows(
         has_start=start is not None, has_position=position is not None,
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
-    if rows > 8 and rows % 8:  # a copy fills in what is past the end of an array only where that is a tile's end
-        packed = jnp.pad(packed, ((0, 0), (0, plan.tiles * columns - rows), (0, 0)))
+    # All rows of a tile are there, also of the output: a copy does not always stop at an axis' end, which is the next
+    # group's beginning.
+    packed = jnp.pad(packed, ((0, 0), (0, plan.tiles * columns - rows), (0, 0)))
     inputs = {"q": packed, "length": jnp.asarray(length, jnp.int32)}
     if start is not None:
         inputs["start"] = jnp.asarray(start, jnp.int32)
@@ -75,9 +76,9 @@ def attend_rows(
         inputs["tree"] = _tree_words(jnp.asarray(tree), B, N // K, plan)
     found = _call(name, plan, source, inputs | source.arrays, interpret)
     if plan.splits > 1:
-        out, lse = (by_xla if interpret else merge)(found["out"], found["lse"], q.dtype, plan.overlap)
+        out, lse = (by_xla if interpret else merge)(found["out"], found["lse"], rows, q.dtype, plan.overlap)
     else:
-        out, lse = found["out"], found["lse"][..., :rows] if return_lse else None
+        out, lse = found["out"][:, :, :rows], found["lse"][..., :rows] if return_lse else None
 
     def ungroup(x):
         return x.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
@@ -117,11 +118,11 @@ def blocks_for(
 
 
 def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
-    """Run the kernel and return `out` `[B * K, splits, rows, H]` and perhaps `lse` `[B * K, splits, columns]`."""
-    groups, H = inputs["q"].shape[0], plan.H
-    shapes = {"out": jax.ShapeDtypeStruct((groups, plan.splits, plan.rows, H), plan.out_dtype)}
+    """Run the kernel and return `out` `[B * K, splits, rows, H]` and perhaps `lse`, of all rows of the tiles."""
+    (groups, rows, _), H = inputs["q"].shape, plan.H
+    shapes = {"out": jax.ShapeDtypeStruct((groups, plan.splits, rows, H), plan.out_dtype)}
     if plan.with_lse:
-        shapes["lse"] = jax.ShapeDtypeStruct((groups, plan.splits, plan.tiles * plan.columns), jnp.float32)
+        shapes["lse"] = jax.ShapeDtypeStruct((groups, plan.splits, rows), jnp.float32)
     names, memory = list(inputs), scratch(plan, source.copies_of(plan.slots))
 
     def run(*refs: Any) -> None:
