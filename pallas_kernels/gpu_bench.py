@@ -82,15 +82,27 @@ def timed(names: Sequence[str], cases: Sequence[str] | None, peers: bool, tune: 
     return found
 
 
-def time_one(job: Timed, limits: dict[str, float]) -> dict[str, Any]:
-    """Return the line of what is timed, or why there is no time."""
-    line: dict[str, Any] = {"kernel": job.kernel.name, "case": job.case.name, "implementation": job.implementation}
-    line |= {"blocks": job.blocks} if job.blocks else {}
-    more = job.kernel.peer_bytes.get(job.implementation)
+def times(jobs: Sequence[Timed], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Yield the line of each job: its time, or why there is none. All are compiled first, several at once."""
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        compiled = list(pool.map(_compiled, jobs))
+    for job, calls in zip(jobs, compiled, strict=True):
+        line: dict[str, Any] = {"kernel": job.kernel.name, "case": job.case.name, "implementation": job.implementation}
+        line |= {"blocks": job.blocks} if job.blocks else {}
+        more = job.kernel.peer_bytes.get(job.implementation)
+        try:
+            if isinstance(calls, Exception):
+                raise calls
+            yield line | gpu_measure.measure(calls, limits, None if more is None else more(job.case))
+        except Exception as error:  # a peer that can't do it, or a kernel that fails: the line says so
+            yield line | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _compiled(job: Timed) -> Any:
     try:
-        return line | gpu_measure.measure(job.run, job.case, limits, None if more is None else more(job.case))
-    except Exception as error:  # a peer that can't do it, or a kernel that fails: the line says so
-        return line | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return gpu_measure.compile_calls(job.run, job.case)
+    except Exception as error:
+        return error
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -130,7 +142,7 @@ def main(args: Any) -> int:
     if not args.check:
         limits = gpu_measure.ceilings()
         tell({"ceilings": limits})
-        for job in timed(names, cases, not args.no_peers, args.tune):
-            tell(time_one(job, limits))
+        for line in times(timed(names, cases, not args.no_peers, args.tune), limits):
+            tell(line)
         print(table([x for x in lines if "implementation" in x]))
     return min(wrong, 1)

@@ -4,7 +4,9 @@ Times are medians over rounds of many calls that are enqueued together, each cal
 together are several times the L2 cache, and the host is ahead of the device.
 """
 
+import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from pallas_kernels.case import Case, Kernel
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 _CACHED = 400e6  # bytes that the inputs of a timed call take at least, all sets together: several times the L2 cache
+_LARGE = 4e9  # bytes of inputs of which two sets are enough
 _CALLS = (4, 24)  # input sets, at least and at most
 _ROUNDS, _SECONDS = 7, 0.01  # rounds, and about what one takes
 _COPIED = 1 << 30  # bytes of the array whose copy is timed
@@ -61,23 +64,27 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
 def ceilings() -> dict[str, float]:
     """Return what can be had of this device: bytes a second of a copy, read and written, and FLOP a second."""
     x = jnp.arange(_COPIED // 4, dtype=jnp.int32)
-    copied = _seconds(jax.jit(lambda x: x ^ 1), [(x,)], 1)
+    copied = _seconds(jax.jit(lambda x: x ^ 1), (x,), 1)
     a, b = (jax.random.normal(jax.random.key(i), (_SIDE, _SIDE), jnp.bfloat16) for i in range(2))
-    multiplied = _seconds(jax.jit(jnp.matmul), [(a, b)], 1)
+    multiplied = _seconds(jax.jit(jnp.matmul), (a, b), 1)
     return {"copy_bandwidth": 2 * x.nbytes / copied, "flops": 2 * _SIDE**3 / multiplied}
 
 
-def measure(
-    run: Callable[..., Any], case: Case, limits: Mapping[str, float], bytes_moved: float | None = None
-) -> dict[str, Any]:
-    """Return the seconds of a call `run(**inputs)` and its shares of the limits; `bytes_moved` where it moves more."""
-    case = case.narrowed()
-    drawn = jax.tree.map(_on_device, dict(case.shapes), is_leaf=lambda x: not isinstance(x, Mapping))
-    size = max(sum(x.nbytes for x in jax.tree.leaves(drawn)), 1)
-    count = int(min(max(_CACHED / size, _CALLS[0]), _CALLS[1])) if size < 4e9 else 2
-    sets = [drawn, *(_copy(drawn, jnp.int32(i)) for i in range(1, count))]
-    given = [{name: x.pop(name) for name in case.donated if name in x} for x in sets]
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """Many calls of one case in one program, compiled; `run` takes as many sets of inputs."""
 
+    case: Case
+    count: int
+    run: Callable[..., Any]
+
+
+def compile_calls(run: Callable[..., Any], case: Case) -> Calls:
+    """Compile as many calls `run(**inputs)` of a case as fill the L2 cache several times over; nothing is run."""
+    case = case.narrowed()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(case.shapes))
+    size = max(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)), 1)
+    count = int(min(max(_CACHED / size, _CALLS[0]), _CALLS[1])) if size < _LARGE else 2
     one = jax.jit(lambda kept, given: run(**kept, **given))  # traced and lowered once for all calls
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -87,7 +94,14 @@ def measure(
             return found, given
         return [x[0] for x in found], [dict(zip(g, x[-1], strict=True)) for g, x in zip(given, found, strict=True)]
 
-    seconds = _seconds(calls, [(sets, given)], count, carried=bool(case.donated))
+    return Calls(case, count, calls.lower(*_split([shapes] * count, case)).compile())
+
+
+def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None = None) -> dict[str, Any]:
+    """Return the time of one of the calls and its shares of the limits; `bytes_moved` where it moves more."""
+    case, count = calls.case, calls.count
+    sets = [jax.tree.map(lambda x, i=i: _fill(x, i), dict(case.shapes)) for i in range(count)]
+    seconds = _seconds(calls.run, _split(sets, case), count, carried=bool(case.donated))
     moved = case.bytes if bytes_moved is None else bytes_moved
     return {
         "us": 1e6 * seconds,
@@ -98,32 +112,33 @@ def measure(
     }
 
 
-def _on_device(shape: Any) -> jax.Array:
+def _split(sets: list[dict[str, Any]], case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what calls keep of each set of inputs, and what is donated to them."""
+    kept = [{name: x for name, x in inputs.items() if name not in case.donated} for inputs in sets]
+    return kept, [{name: x for name, x in inputs.items() if name in case.donated} for inputs in sets]
+
+
+def _fill(shape: Any, seed: int) -> jax.Array:
     """Return numbers made on the device: a host would take minutes to draw them."""
     if isinstance(shape, np.ndarray):
         return jnp.asarray(shape)
-    return _draw(shape.shape, jnp.dtype(shape.dtype))
+    return _numbers(shape.shape, jnp.dtype(shape.dtype), jnp.uint32(seed))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _draw(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    key = jax.random.key(len(shape))
+def _numbers(shape: tuple[int, ...], dtype: jnp.dtype, seed: jax.Array) -> jax.Array:
+    """Return numbers without a pattern: integers of the whole range, or floats between -1 and 1."""
+    x = seed * jnp.uint32(0x9E3779B9)
+    for axis in range(len(shape)):
+        x = (x ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x85EBCA6B + 2 * axis)
+        x ^= x >> 15
     if jnp.issubdtype(dtype, jnp.integer):
-        return jax.random.bits(key, shape, f"uint{8 * dtype.itemsize}").astype(dtype)
-    if dtype.itemsize == 1:
-        return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
-    return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
-
-
-@jax.jit
-def _copy(arrays: Any, i: jax.Array) -> Any:
-    """Return a copy that XLA does not know to be one."""
-    return jax.tree.map(lambda x: jnp.where(i == 0, jnp.zeros_like(x), x) if x.ndim else x, arrays)
+        return x.astype(dtype)
+    return ((x >> 8).astype(jnp.float32) * 2.0**-23 - 1).astype(dtype)
 
 
 def _seconds(fn: Callable[..., Any], args: Any, calls: int, carried: bool = False) -> float:
     """Return the median seconds of one of the `calls` that `fn(*args)` makes."""
-    (args,) = args
     for _ in range(2):
         found = jax.block_until_ready(fn(*args))
         if carried:
