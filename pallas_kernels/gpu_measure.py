@@ -1,7 +1,7 @@
 """The kernels' cases on a GPU that is here: whether they are right, and how long they take beside the machine's limits.
 
-Times are medians over rounds of many calls that are enqueued together, each call on inputs of its own: all of them
-together are several times the L2 cache, and the host is ahead of the device.
+Times are medians over a loop inside one program, whose calls have inputs of their own: all of them together are several
+times the L2 cache.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pallas_kernels.tolerance import BOUNDS, relative_error
 _CACHED = 400e6  # bytes that the inputs of a timed call take at least, all sets together: several times the L2 cache
 _LARGE = 4e9  # bytes of inputs of which two sets are enough
 _CALLS = (4, 24)  # input sets, at least and at most
-_ROUNDS, _SECONDS = 7, 0.01  # rounds, and about what one takes
+_ROUNDS, _SECONDS = 7, 0.01  # rounds, and about what half of one takes
 _COPIED = 1 << 30  # bytes of the array whose copy is timed
 _SIDE = 8192  # of the matrices whose product is timed
 
@@ -64,15 +64,18 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
 def ceilings() -> dict[str, float]:
     """Return what can be had of this device: bytes a second of a copy, read and written, and FLOP a second."""
     x = jnp.arange(_COPIED // 4, dtype=jnp.int32)
-    copied = _seconds(jax.jit(lambda x: x ^ 1), (x,), 1)
+    copied = _seconds(jax.jit(lambda x: x ^ 1), x)
     a, b = (jax.random.normal(jax.random.key(i), (_SIDE, _SIDE), jnp.bfloat16) for i in range(2))
-    multiplied = _seconds(jax.jit(jnp.matmul), (a, b), 1)
+    multiplied = _seconds(jax.jit(jnp.matmul), a, b)
     return {"copy_bandwidth": 2 * x.nbytes / copied, "flops": 2 * _SIDE**3 / multiplied}
 
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-    """Many calls of one case in one program, compiled; `run` takes as many sets of inputs."""
+    """A loop of calls of one case in one program, compiled: `count` calls, each on inputs of its own, again and again.
+
+    `run(kept, given, turns)` takes as many sets of inputs; what is `given` is donated and comes back.
+    """
 
     case: Case
     count: int
@@ -80,7 +83,10 @@ class Calls:
 
 
 def compile_calls(run: Callable[..., Any], case: Case) -> Calls:
-    """Compile as many calls `run(**inputs)` of a case as fill the L2 cache several times over; nothing is run."""
+    """Compile a loop of as many calls `run(**inputs)` of a case as fill the L2 cache several times over.
+
+    What a turn takes is tied to what the turn before gave, so that it can't be computed once for all of them.
+    """
     case = case.narrowed()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(case.shapes))
     size = max(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)), 1)
@@ -88,26 +94,47 @@ def compile_calls(run: Callable[..., Any], case: Case) -> Calls:
     one = jax.jit(lambda kept, given: run(**kept, **given))  # traced and lowered once for all calls
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def calls(kept: Any, given: Any) -> Any:
-        found = [one(a, b) for a, b in zip(kept, given, strict=True)]
-        if not case.donated:
-            return found, given
-        return [x[0] for x in found], [dict(zip(g, x[-1], strict=True)) for g, x in zip(given, found, strict=True)]
+    def loop(kept: Any, given: Any, turns: Any) -> Any:
+        def turn(_: Any, carry: Any) -> Any:
+            given, _ = carry
+            tied, _ = jax.lax.optimization_barrier((kept, carry[1]))
+            found = [one(a, b) for a, b in zip(tied, given, strict=True)]
+            if case.donated:
+                given = [dict(zip(g, x[-1], strict=True)) for g, x in zip(given, found, strict=True)]
+            firsts = [jax.tree.leaves(x)[0].ravel()[0] for x in found]
+            return given, sum(x.astype(jnp.float32) for x in firsts)
 
-    return Calls(case, count, calls.lower(*_split([shapes] * count, case)).compile())
+        return jax.lax.fori_loop(0, turns, turn, (given, jnp.float32(0)))
+
+    sizes = _split([shapes] * count, case)
+    return Calls(case, count, loop.lower(*sizes, jax.ShapeDtypeStruct((), jnp.int32)).compile())
 
 
 def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None = None) -> dict[str, Any]:
     """Return the time of one of the calls and its shares of the limits; `bytes_moved` where it moves more."""
     case, count = calls.case, calls.count
     sets = [jax.tree.map(lambda x, i=i: _fill(x, i), dict(case.shapes)) for i in range(count)]
-    seconds = _seconds(calls.run, _split(sets, case), count, carried=bool(case.donated))
+    kept, given = _split(sets, case)
+    del sets
+
+    def seconds(turns: int) -> float:
+        nonlocal given
+        begin = time.perf_counter()
+        given, salt = calls.run(kept, given, jnp.int32(turns))
+        jax.block_until_ready(salt)
+        return time.perf_counter() - begin
+
+    for _ in range(2):
+        seconds(1)
+    turns = int(min(max(_SECONDS / max(seconds(3) / 3, 1e-6), 2), 2000))
+    # Of the times of `turns` and of twice as many, the difference is free of what a dispatch costs.
+    each = statistics.median(seconds(2 * turns) - seconds(turns) for _ in range(_ROUNDS)) / turns / count
     moved = case.bytes if bytes_moved is None else bytes_moved
     return {
-        "us": 1e6 * seconds,
-        "bandwidth_share": moved / seconds / limits["copy_bandwidth"],
-        "flops_share": case.flops / seconds / limits["flops"],
-        "tflops": case.flops / seconds / 1e12,
+        "us": 1e6 * each,
+        "bandwidth_share": moved / each / limits["copy_bandwidth"],
+        "flops_share": case.flops / each / limits["flops"],
+        "tflops": case.flops / each / 1e12,
         "calls": count,
     }
 
@@ -137,22 +164,12 @@ def _numbers(shape: tuple[int, ...], dtype: jnp.dtype, seed: jax.Array) -> jax.A
     return ((x >> 8).astype(jnp.float32) * 2.0**-23 - 1).astype(dtype)
 
 
-def _seconds(fn: Callable[..., Any], args: Any, calls: int, carried: bool = False) -> float:
-    """Return the median seconds of one of the `calls` that `fn(*args)` makes."""
-    for _ in range(2):
-        found = jax.block_until_ready(fn(*args))
-        if carried:
-            args = (args[0], found[1])
-    begin = time.perf_counter()
-    found = jax.block_until_ready(fn(*args))
-    args = (args[0], found[1]) if carried else args
-    repeats = int(min(max(_SECONDS / (time.perf_counter() - begin), 2), 50))
+def _seconds(fn: Callable[..., Any], *args: Any) -> float:
+    """Return the median seconds of `fn(*args)`, which takes long, over calls that are enqueued together."""
+    jax.block_until_ready([fn(*args) for _ in range(3)])
     times = []
     for _ in range(_ROUNDS):
         begin = time.perf_counter()
-        for _ in range(repeats):
-            found = fn(*args)
-            args = (args[0], found[1]) if carried else args
-        jax.block_until_ready(found)
-        times.append((time.perf_counter() - begin) / repeats / calls)
+        jax.block_until_ready([fn(*args) for _ in range(4)])
+        times.append((time.perf_counter() - begin) / 4)
     return statistics.median(times)
