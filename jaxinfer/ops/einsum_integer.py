@@ -63,7 +63,8 @@ def _int8(eq, x, kernel, group, implementation):
         scales = jnp.broadcast_to(scale, (groups, scale.size))
         if targets.platform() != "cuda":  # a GPU's kernel takes rows of 16 bits, and rounds the same numbers
             rows = rows.astype(jnp.float32)
-        return targets.kernel(quantized_matmul)(rows, weight, scales, qtype="int8", activations="int8")
+        product = targets.kernel(quantized_matmul)
+        return product(rows, weight, scales, qtype="int8", activations="int8").astype(jnp.float32)
 
     def xla(rows: Array, *operands: Array) -> Array:
         operands = (rows.astype(jnp.float32), *operands)
@@ -119,7 +120,7 @@ def einsum_int4_int8(
         # A GPU's kernel rounds x in the groups of the weight's scales: here some runs share one.
         spread = lambda t: None if t is None else jnp.repeat(t.reshape(outputs, -1), group // RUN, axis=1)  # noqa: E731
         finer = dataclasses.replace(kernel, scale=spread(kernel.scale), offset=spread(kernel.offset))
-        return kernel_product(rows, finer, first=False, activations="int8")
+        return kernel_product(rows, finer, first=False, activations="int8").astype(jnp.float32)
 
     runs = group // RUN
     taken = kernel.scale.dtype in (jnp.float32, jnp.float16) and kernel.shape[-1] % RUN == 0

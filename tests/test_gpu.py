@@ -1,0 +1,187 @@
+"""What runs on a GPU, as far as that shows with none: which programs hold the kernels, and how they would be timed."""
+
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command import TINY, caller
+
+from jaxinfer.cache.paged import Paged
+from jaxinfer.eval import bench
+from jaxinfer.eval.bench import Limits, Workload
+from jaxinfer.ops.attention import attention
+from jaxinfer.ops.einsum import einsum
+from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8
+from jaxinfer.ops.implementation import describe
+from jaxinfer.passes.quantization.rounding import round_to_nearest
+from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets
+from pallas_kernels.kernels import kernel
+
+CALL = "mosaic_gpu_v2"
+
+
+def lowered(fn, *args) -> str:
+    """Return what a function becomes for an H100, before XLA compiles it."""
+    with gpus.assume("h100"):
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_a_gpu_is_known_by_its_kind_and_by_what_is_assumed():
+    assert gpus.of_kind("NVIDIA H100 80GB HBM3").name == "h100" and gpus.of_kind("NVIDIA H200").name == "h200"
+    assert gpus.of_kind("NVIDIA A100-SXM4-80GB") is None
+    assert gpus.target() is None and targets.platform() is None and gpus.current().name == "h100"
+    with gpus.assume("h200"):
+        assert targets.platform() == "cuda" and gpus.target().name == "h200" and "Hopper GPU" in describe()
+    with pytest.raises(ValueError, match="gpu='a100': must be one of h100, h200"):
+        gpus.assume("a100")
+    with gpus.assume("h100"), pytest.raises(NotImplementedError, match="kivi_attention: has no kernel for GPUs"):
+        targets.kernel(kivi_attention)
+
+
+@pytest.mark.parametrize(("qtype", "group"), [("int8", None), ("int4", 128), ("uint4", 32)])
+def test_products_with_quantized_weights_are_the_kernels(qtype, group):
+    weight = round_to_nearest(jnp.ones((256, 512), jnp.float32), 1, qtype, group)
+    product = functools.partial(einsum, "btd,fd->btf")
+    assert CALL in lowered(product, struct(2, 3, 512), weight)
+    assert CALL not in lowered(product, struct(2, 3, 512, dtype=jnp.float32), weight)  # its units are of 16 bits
+    assert CALL not in lowered(product, struct(2, 40, 512), weight)  # many rows are XLA's
+
+
+def test_products_of_integers_are_the_kernels():
+    x = struct(1, 1, 512)
+    int8, int4 = (round_to_nearest(jnp.ones((256, 512), jnp.float32), 1, *how) for how in (("int8",), ("int4", 128)))
+    assert CALL in lowered(functools.partial(einsum_int8, "btd,fd->btf"), x, int8)
+    assert CALL in lowered(functools.partial(einsum_int4_int8, "btd,fd->btf"), x, int4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "held"), [(1, jnp.bfloat16, True), (256, jnp.bfloat16, True), (1, jnp.float32, False)]
+)
+def test_attention_is_a_kernel_for_few_tokens_and_for_many(tokens, dtype, held):
+    q, cache = struct(1, tokens, 8, 128, dtype=dtype), struct(1, 2, 512, 128, dtype=dtype)
+    text = lowered(functools.partial(attention, scale=0.1), q, cache, cache, struct(1, tokens, dtype=jnp.int32))
+    assert (CALL in text) == held
+
+
+def test_attention_over_pages_is_a_kernel():
+    layer = jax.eval_shape(lambda: Paged(page=64).create(1, 256, 2, 128, jnp.bfloat16))
+    step = functools.partial(type(layer).attend, scale=0.1, window=None, softcap=None)
+    assert CALL in lowered(step, layer, struct(1, 1, 8, 128), struct(1, 1, dtype=jnp.int32))
+
+
+def test_a_case_is_checked_by_its_reference_and_timed_in_a_loop(monkeypatch):
+    """With the references in the kernels' place, which a CPU can run."""
+    monkeypatch.setattr(gpu_measure, "_CACHED", 1e5)
+    monkeypatch.setattr(gpu_measure, "_SECONDS", 0.02)
+    limits = {"copy_bandwidth": 1e9, "flops": 1e9}
+    for name, case in (("paged_decode_attention", "bf16"), ("quantized_matmul", "int8")):
+        found = kernel(name)
+        case = next(c for c in found.tests if c.name == case)
+        same = dataclasses.replace(found, gpu=_without_blocks(found.reference))
+        wrong = dataclasses.replace(found, gpu=_twice(same.gpu))
+        assert gpu_measure.check(same, case)["ok"] and not gpu_measure.check(wrong, case)["ok"]
+        calls = gpu_measure.compile_calls(functools.partial(found.reference, **case.options), case)
+        line = gpu_measure.measure(calls, limits)
+        assert line["us"] > 0 and np.isclose(line["bandwidth_share"] * line["us"], case.bytes / 1e9 * 1e6)
+
+
+def _without_blocks(run):
+    return lambda blocks=None, **x: run(**x)
+
+
+def _twice(run):
+    return lambda **x: jax.tree.map(lambda y: y + y, run(**x))
+
+
+def test_the_numbers_that_are_timed_have_no_pattern():
+    one, other = (np.asarray(gpu_measure._fill(struct(64, 64, dtype=jnp.float32), seed)) for seed in (0, 1))
+    assert abs(one.mean()) < 0.1 and 0.5 < one.std() < 0.65 and abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.1
+    codes = np.asarray(gpu_measure._fill(struct(64, 64, dtype=jnp.int8), 3))
+    assert len(np.unique(codes)) > 250
+
+
+def test_a_table_of_times_has_the_best_blocks_the_limit_and_the_peers():
+    line = {"kernel": "k", "case": "c", "bandwidth_share": 0.5, "flops_share": 0.1}
+    lines = [
+        line | {"implementation": "pallas", "us": 20.0},
+        line | {"implementation": "pallas", "us": 10.0, "blocks": {"slots": 64}, "bandwidth_share": 0.9},
+        line | {"implementation": "xla", "us": 30.0},
+        {"kernel": "k", "case": "d", "implementation": "pallas", "error": "too odd"},
+    ]
+    text = gpu_bench.table(lines).splitlines()
+    assert text[2] == "| k | c | 10.0 us | 90% copy bandwidth | xla 3.00x |" and "too odd" in text[3]
+
+
+def test_without_a_gpu_the_command_says_so(capsys):
+    from scripts import bench_kernels
+
+    with pytest.raises(SystemExit) as ended:
+        bench_kernels.main(["--gpu"])
+    assert ended.value.code == 2 and "--gpu: needs a GPU, and JAX has 'cpu'" in capsys.readouterr().err
+
+
+def test_bench_times_variants_by_batch_and_context(tmp_path, capsys):
+    (tmp_path / "passes.txt").write_text("int8\nboth = int4 kv_int8\n")
+    run = caller(capsys)
+    out = tmp_path / "bench.jsonl"
+    status, text, errors = run(
+        "bench", "--config", TINY, "--pass-set", tmp_path / "passes.txt", "--batch", "1", "--batch", "2",
+        "--context", "16", "--new-tokens", "4", "--rounds", "1", "--out", out,
+    )  # fmt: skip
+    assert status == 0, errors
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["variant"], r["batch"]) for r in rows] == [
+        (name, batch) for batch in (1, 2) for name in ("baseline", "int8", "both")
+    ]
+    for row in rows:
+        assert row["step_ms"] > 0 and row["prefill_tokens_per_second"] > 0 and row["bandwidth_share"] > 0
+        assert np.isclose(row["decode_tokens_per_second"], 1e3 * row["batch"] / row["step_ms"])
+    assert rows[1]["step_bytes"] < rows[0]["step_bytes"] and "| both | 2 | 16 |" in text
+
+
+def test_bench_takes_random_weights_of_a_shape(capsys, monkeypatch):
+    from jaxinfer.plan import shapes
+
+    tiny = shapes._llama(300, 64, 1e4, 2, (2, 64, 128, 4))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    sizes = ("--context", "80", "--new-tokens", "2", "--rounds", "1")
+    status, text, errors = caller(capsys)("bench", "tiny", "--random-weights", *sizes)
+    assert status == 0 and "| baseline | 1 | 80 |" in text, errors  # beyond the shape's own context of 64
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--context", "100000"), "a context of 100000 and 64 new tokens: the model's context is"),
+        (("--batch", "0"), "batch=0: must be 1 or more"),
+        (("--random-weights",), "--config: --random-weights takes an architecture by MODEL alone"),
+        (("--pass", "int9"), "int9"),
+    ],
+)
+def test_bench_says_what_is_wrong(argv, said, capsys):
+    status, _, errors = caller(capsys)("bench", "--config", TINY, *argv)
+    assert status == 2 and said in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_what_does_not_fit_the_device_is_left_out(monkeypatch):
+    program = bench.random_program(_tiny_config(), "float32")
+    memory = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    monkeypatch.setattr(bench.jax, "devices", lambda: [memory])
+    (found,) = bench.bench({"a": program}, [Workload(1, 8)], Limits(1.0, 1.0, "none"))
+    assert found[0] == "a" and found[2]["error"].startswith("needs 0 GB of weights and cache, and the device has 0")
+    assert "needs 0 GB" in bench.table([{"variant": "a", "batch": 1, "context": 8, **found[2]}], "a")
+
+
+def _tiny_config():
+    from jaxinfer.plan.shapes import _llama
+
+    return _llama(300, 64, 1e4, 2, (2, 64, 128, 4))
