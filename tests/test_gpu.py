@@ -81,7 +81,8 @@ def test_attention_over_pages_is_a_kernel():
 def test_a_case_is_checked_by_its_reference_and_timed_in_a_loop(monkeypatch):
     """With the references in the kernels' place, which a CPU can run."""
     monkeypatch.setattr(gpu_measure, "_CACHED", 1e5)
-    monkeypatch.setattr(gpu_measure, "_SECONDS", 0.02)
+    clock = [0.0]
+    monkeypatch.setattr(gpu_measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     limits = {"copy_bandwidth": 1e9, "flops": 1e9}
     for name, case in (("paged_decode_attention", "bf16"), ("quantized_matmul", "int8")):
         found = kernel(name)
@@ -90,8 +91,17 @@ def test_a_case_is_checked_by_its_reference_and_timed_in_a_loop(monkeypatch):
         wrong = dataclasses.replace(found, gpu=_twice(same.gpu))
         assert gpu_measure.check(same, case)["ok"] and not gpu_measure.check(wrong, case)["ok"]
         calls = gpu_measure.compile_calls(functools.partial(found.reference, **case.options), case)
-        line = gpu_measure.measure(calls, limits)
-        assert line["us"] > 0 and np.isclose(line["bandwidth_share"] * line["us"], case.bytes / 1e9 * 1e6)
+        line = gpu_measure.measure(dataclasses.replace(calls, run=_slowly(calls.run, clock)), limits)
+        assert np.isclose(line["us"], 5e5 / calls.count)  # without the second that a dispatch takes
+        assert np.isclose(line["bandwidth_share"] * line["us"], case.bytes / 1e9 * 1e6)
+
+
+def _slowly(run, clock):
+    def ran(kept, given, turns):
+        clock[0] += 1.0 + 0.5 * int(turns)
+        return run(kept, given, turns)
+
+    return ran
 
 
 def _without_blocks(run):
