@@ -107,7 +107,7 @@ def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
 
 
 def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) -> None:
-    """Attend to a split's share of a row; `source.copies` starts the copies of a block of keys or values."""
+    """Attend to a split's share of a row; `source` finds the blocks of keys and values, and starts to copy them."""
     if plan.overlap:
         plgpu.griddepcontrol_wait()
         plgpu.griddepcontrol_launch_dependents()
@@ -123,16 +123,19 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     at = _Range(plan, refs, b)
     begin, end = at.share(split)
 
-    def load(item: Any, names: str) -> None:
-        stage, base = jax.lax.rem(item - begin, plan.stages), at.base_of(item)
-        source.copies(refs, memory, names, b, head, base, at.end, stage)
+    def place(item: Any) -> Any:
+        return source.find(refs, b, head, at.base_of(item), at.end)
+
+    def load(item: Any, where: Any, name: str) -> None:
+        source.copies(refs, memory, name, where, jax.lax.rem(item - begin, plan.stages))
 
     for ahead in range(plan.stages):
 
         @pl.when(begin + ahead < end)
         def _(ahead=ahead):
-            load(begin + ahead, "k")
-            load(begin + ahead, "v")
+            where = place(begin + ahead)
+            load(begin + ahead, where, "k")
+            load(begin + ahead, where, "v")
 
     plgpu.barrier_wait(memory["q_barrier"])
     mask = _Mask(plan, refs, at, b, first_column)
@@ -141,12 +144,13 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
         acc, peak, total = carry
         stage, base = jax.lax.rem(item - begin, plan.stages), at.base_of(item)
         whole = at.whole(base)
-        more = item + plan.stages < end
+        later = item + plan.stages
+        more, where = later < end, place(later)  # looked up early: it is not waited for
         scores = _scores(plan, memory, stage)
 
         @pl.when(more)
         def _():
-            load(item + plan.stages, "k")
+            load(later, where, "k")
 
         scores = jax.lax.cond(whole, lambda x: x, lambda x: jnp.where(mask.seen(base), x, NOTHING), scores)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=0))
@@ -159,7 +163,7 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
 
         @pl.when(more)
         def _():
-            load(item + plan.stages, "v")
+            load(later, where, "v")
 
         return acc, new_peak, total
 
