@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compat, gpus
 from pallas_kernels.calls import Known
-from pallas_kernels.decode_attention.gpu_body import Plan, body, scratch, swizzle
+from pallas_kernels.decode_attention.gpu_body import body
 from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
+from pallas_kernels.decode_attention.gpu_plan import Plan, scratch, swizzle
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
