@@ -96,7 +96,10 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     turned = plgpu.layout_cast(acc.astype(plan.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     compat.transposed(memory["out"])[...] = turned
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(memory["out"], refs["out"].at[group, split, columns, width])
+    if plan.exact:
+        plgpu.copy_smem_to_gmem(memory["out"].at[pl.ds(0, plan.rows)], refs["out"].at[group, split])
+    else:  # a copy to memory does not always stop at an axis' end: all rows of the tile are there
+        plgpu.copy_smem_to_gmem(memory["out"], refs["out"].at[group, split, columns, width])
     if plan.with_lse:
         lse = jnp.where(nothing, -jnp.inf, peak * (1 / LOG2E) + jnp.log(safe))
         refs["lse"].at[group, split, columns][...] = lse

@@ -45,6 +45,11 @@ class Plan:
         return -(-self.rows // self.columns)
 
     @property
+    def exact(self) -> bool:
+        """Whether the output has no padding: what a block writes lies in one piece there."""
+        return self.tiles == 1 and self.width == self.H
+
+    @property
     def quantized(self) -> bool:
         """Whether the cache has scales."""
         return self.scales is not None
