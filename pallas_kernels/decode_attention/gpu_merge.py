@@ -18,8 +18,8 @@ MOST_SPLITS = 64  # all of them are read at once: their latency is paid once, an
 def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], rows: int, dtype: Any, overlap: bool = False):
     """Return the attention `[X, rows, H]` over all splits, in `dtype`, and the log of its total `[X, rows]`.
 
-    `lse` is each split's, -inf where it saw nothing; in both, what follows `rows` is padding. `overlap`: to be launched before
-    the kernel that writes `out` has ended, and to wait for it.
+    `lse` is each split's, -inf where it saw nothing; in both, what follows `rows` is padding. `overlap`: to be launched
+    before the kernel that writes `out` has ended, and to wait for it.
     """
     groups, splits, _, H = out.shape
     if H % 64:
