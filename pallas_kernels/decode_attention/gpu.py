@@ -67,19 +67,14 @@ class Dense:
         del slots
         return 1 if self.dtypes[1] is None else 2
 
-    def copies(
-        self,
-        refs: dict[str, Any],
-        memory: dict[str, Any],
-        name: str,
-        b: Any,
-        head: Any,
-        base: Any,
-        end: Any,
-        stage: Any,
-    ) -> None:
-        """Start to copy the block of keys, "k", or values, "v", from slot `base`, with its scales."""
-        del end
+    def find(self, refs: dict[str, Any], b: Any, head: Any, base: Any, end: Any) -> Any:
+        """Return where the block from slot `base` is."""
+        del refs, end
+        return b, head, base
+
+    def copies(self, refs: dict[str, Any], memory: dict[str, Any], name: str, where: Any, stage: Any) -> None:
+        """Start to copy a block of keys, "k", or values, "v", with its scales."""
+        b, head, base = where
         to, barrier = memory[name].at[stage], memory[f"{name}_barrier"].at[stage]
         slots = pl.ds(base, to.shape[0])
         plgpu.copy_gmem_to_smem(refs[name].at[b, head, slots, pl.ds(head * 0, to.shape[1])], to, barrier)

@@ -9,16 +9,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.decode_attention.gpu_body import BY_SLOT, LOG2E
+from pallas_kernels.decode_attention.gpu_body import LOG2E
+from pallas_kernels.decode_attention.gpu_masks import BY_SLOT
 
 MOST_SPLITS = 64  # all of them are read at once: their latency is paid once, and registers hold them
 
 
-def merge(out: Float[Array, "X S C H"], lse: Float[Array, "X S C"], rows: int, dtype: Any, overlap: bool = False):
+def merge(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], rows: int, dtype: Any, overlap: bool = False):
     """Return the attention `[X, rows, H]` over all splits, in `dtype`, and the log of its total `[X, rows]`.
 
-    `lse` is each split's, -inf where it saw nothing; rows from `rows` on are padding. `overlap`: to be launched before
-    the kernel that writes `out` has ended, and to wait for it.
+    `lse` is each split's, -inf where it saw nothing; in both, what follows `rows` is padding. `overlap`: to be launched
+    before the kernel that writes `out` has ended, and to wait for it.
     """
     groups, splits, _, H = out.shape
     if H % 64:
@@ -50,7 +51,7 @@ def merge(out: Float[Array, "X S C H"], lse: Float[Array, "X S C"], rows: int, d
     )(out, lse)
 
 
-def by_xla(out: Float[Array, "X S C H"], lse: Float[Array, "X S C"], rows: int, dtype: Any, overlap: bool = False):
+def by_xla(out: Float[Array, "X S R H"], lse: Float[Array, "X S C"], rows: int, dtype: Any, overlap: bool = False):
     """Return what `merge` does."""
     del overlap
     out, lse = out[:, :, :rows], lse[..., :rows]

@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compat, gpus
 from pallas_kernels.calls import Known
-from pallas_kernels.decode_attention.gpu_body import Plan, body, scratch, swizzle
+from pallas_kernels.decode_attention.gpu_body import body
 from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
+from pallas_kernels.decode_attention.gpu_plan import Plan, scratch, swizzle
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
@@ -64,9 +65,8 @@ def attend_rows(
         has_start=start is not None, has_position=position is not None,
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
-    # All rows of a tile are there, also of the output: a copy does not always stop at an axis' end, which is the next
-    # group's beginning.
-    packed = jnp.pad(packed, ((0, 0), (0, plan.tiles * columns - rows), (0, 0)))
+    if rows > 8 and rows % 8:  # a copy fills in what is past an axis' end only where that is the end of a tile of 8
+        packed = jnp.pad(packed, ((0, 0), (0, plan.tiles * columns - rows), (0, 0)))
     inputs = {"q": packed, "length": jnp.asarray(length, jnp.int32)}
     if start is not None:
         inputs["start"] = jnp.asarray(start, jnp.int32)
@@ -118,11 +118,11 @@ def blocks_for(
 
 
 def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
-    """Run the kernel and return `out` `[B * K, splits, rows, H]` and perhaps `lse`, of all rows of the tiles."""
-    (groups, rows, _), H = inputs["q"].shape, plan.H
-    shapes = {"out": jax.ShapeDtypeStruct((groups, plan.splits, rows, H), plan.out_dtype)}
+    """Run the kernel and return `out` `[B * K, splits, rows, H]` and perhaps `lse`, maybe with rows of padding."""
+    lead, padded = (inputs["q"].shape[0], plan.splits), plan.tiles * plan.columns
+    shapes = {"out": jax.ShapeDtypeStruct((*lead, plan.rows if plan.exact else padded, plan.H), plan.out_dtype)}
     if plan.with_lse:
-        shapes["lse"] = jax.ShapeDtypeStruct((groups, plan.splits, rows), jnp.float32)
+        shapes["lse"] = jax.ShapeDtypeStruct((*lead, padded), jnp.float32)
     names, memory = list(inputs), scratch(plan, source.copies_of(plan.slots))
 
     def run(*refs: Any) -> None:
@@ -135,7 +135,7 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         run,
         name=name,
         out_type=list(shapes.values()),
-        grid=(groups * plan.tiles, plan.splits),
+        grid=(lead[0] * plan.tiles, plan.splits),
         grid_names=("rows", "splits"),
         scratch_types=list(memory.values()),
         interpret=interpret,

@@ -90,40 +90,38 @@ class Paged:
 
     def fit(self, slots: int) -> int:
         """Return the slots of a block: whole pages, or a part of one."""
-        if self._page <= slots:
-            return slots // self._page * self._page
-        return next(size for size in range(slots, 0, -64) if self._page % size == 0)
+        sizes = range(slots, 0, -64)
+        self._slots = next(size for size in sizes if size % self._page == 0 or self._page % size == 0)
+        return self._slots
 
     def copies_of(self, slots: int) -> int:
         """Return how many copies a block of keys comes in, its scales' counted."""
         pages = max(1, slots // self._page)
         return pages + (0 if self.dtypes[1] is None else 1 if self._gathered else pages)
 
-    def copies(
-        self,
-        refs: dict[str, Any],
-        memory: dict[str, Any],
-        name: str,
-        b: Any,
-        head: Any,
-        base: Any,
-        end: Any,
-        stage: Any,
-    ) -> None:
-        """Start to copy the block of keys, "k", or values, "v", from slot `base`, with its scales."""
-        to, barrier, scale = memory[name].at[stage], memory[f"{name}_barrier"].at[stage], f"{name}_scale"
-        slots, page = to.shape[0], self._page
-        part = min(page, slots)
-        width = pl.ds(head * 0, to.shape[1])
-        for i in range(slots // part):
+    def find(self, refs: dict[str, Any], b: Any, head: Any, base: Any, end: Any) -> Any:
+        """Return where the block from slot `base` is: its pages."""
+        page, part = self._page, min(self._page, self._slots)
+        found = []
+        for i in range(self._slots // part):
             first = base + i * part
             index = jax.lax.div(first, jnp.int32(page))
             # A page past the end is none: its number is past the last, where a copy reads zeros and no memory.
             number = jnp.where(first < end, refs["table"][b, jnp.minimum(index, self._most - 1)], self._number)
-            held, here = number * self._heads + head, pl.ds(i * part, part)
-            inside = pl.ds(first - index * page if page > slots else 0, part)
+            found.append((number * self._heads + head, first - index * page if page > part else 0))
+        return b, head, base, found
+
+    def copies(self, refs: dict[str, Any], memory: dict[str, Any], name: str, where: Any, stage: Any) -> None:
+        """Start to copy a block of keys, "k", or values, "v", with its scales."""
+        b, head, base, pages = where
+        to, barrier, scale = memory[name].at[stage], memory[f"{name}_barrier"].at[stage], f"{name}_scale"
+        part = self._slots // len(pages)
+        width = pl.ds(head * 0, to.shape[1])
+        for i, (held, first) in enumerate(pages):
+            here, inside = pl.ds(i * part, part), pl.ds(first, part)
             plgpu.copy_gmem_to_smem(refs[name].at[held, inside, width], to.at[here], barrier)
             if scale in refs and not self._gathered:
                 plgpu.copy_gmem_to_smem(refs[scale].at[held, inside], memory[scale].at[stage, here], barrier)
         if scale in refs and self._gathered:
-            plgpu.copy_gmem_to_smem(refs[scale].at[b, head, pl.ds(base, slots)], memory[scale].at[stage], barrier)
+            slots = pl.ds(base, self._slots)
+            plgpu.copy_gmem_to_smem(refs[scale].at[b, head, slots], memory[scale].at[stage], barrier)

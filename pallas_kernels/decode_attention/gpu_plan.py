@@ -1,0 +1,93 @@
+"""The shapes of a call of decode attention on Hopper, and the shared memory that they need."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The shapes of one call. Row r of the `rows` query rows of a key head is token `r % tokens`."""
+
+    kv_heads: int
+    rows: int
+    columns: int  # query rows of one block of the grid
+    tokens: int
+    capacity: int  # slots that a row of the cache has at most
+    slots: int
+    stages: int
+    splits: int
+    H: int
+    dtype: Any  # of the products
+    stored: Any  # of the cache
+    scales: Any  # of its scales, or None
+    out_dtype: Any
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: int
+    tree_words: int  # 32 nodes each; 0 where there is no tree
+    with_lse: bool
+    overlap: bool  # with the kernels before and after: begins before the one before has ended, and waits for that
+    has_start: bool
+    has_position: bool
+
+    @property
+    def width(self) -> int:
+        """The head's numbers in shared memory, in whole tiles; past H a copy fills in zeros."""
+        return -(-self.H // 64) * 64
+
+    @property
+    def tiles(self) -> int:
+        """Blocks of the grid that share a key head's cache."""
+        return -(-self.rows // self.columns)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the output has no padding: what a block writes lies in one piece there."""
+        return self.tiles == 1 and self.width == self.H
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the cache has scales."""
+        return self.scales is not None
+
+
+def scratch(plan: Plan, copies: int) -> dict[str, Any]:
+    """Return the shared memory and the barriers; a block of keys, or values, comes in `copies` copies."""
+    stage = (plan.stages, plan.slots, plan.width)
+    queries, keys = swizzle(plan.H, plan.dtype), swizzle(plan.H, plan.stored)
+    beside = 128 if plan.quantized else keys  # both operands of a product are laid out alike
+    found = {
+        "q": _tiled((plan.columns, plan.width), plan.dtype, queries),
+        "k": _tiled(stage, plan.stored, keys),
+        "v": _tiled(stage, plan.stored, keys),
+        "weights": _tiled((plan.columns, plan.slots), plan.dtype, beside),
+        "out": plgpu.SMEM((plan.columns, plan.width), plan.out_dtype),
+        "q_barrier": plgpu.Barrier(),
+    }
+    if plan.quantized:
+        found["wide"] = _tiled((plan.slots, plan.width), plan.dtype, beside)
+        found |= {name: plgpu.SMEM((plan.stages, plan.slots), plan.scales) for name in ("k_scale", "v_scale")}
+    barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
+    return found | {"k_barrier": barriers, "v_barrier": barriers}
+
+
+def swizzle(H: int, dtype: Any) -> int:
+    """Return the bytes of a line of a tile in shared memory: the most of which a head is a multiple.
+
+    Raises:
+        NotImplementedError: there is no such number.
+    """
+    size = jnp.dtype(dtype).itemsize
+    for found in (128, 64, 32):
+        if H * size % found == 0:
+            return found
+    raise NotImplementedError(f"H={H} of {dtype}: must be a multiple of {32 // size} on a GPU")
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any, line: int) -> Any:
+    transforms = (plgpu.TilingTransform((8, line // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(line))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
