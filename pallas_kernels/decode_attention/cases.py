@@ -127,6 +127,8 @@ TESTS = [
     case("tree", 2, 8, 2, 2, 128, 64, [128, 60], tree=BRANCHING, dtype=F32),
     case("tree_window", 2, 8, 2, 2, 128, 64, [128, 60], tree=BRANCHING, window=20, dtype=F32),
     case("trees", 2, 4, 1, 2, 64, 64, [64, 30], tree=np.stack([tree_of([-1, -1, 0, 1]), chain(4)]), dtype=F32),
+    # A block ends after the first node, which the second root does not see.
+    case("two_roots", 1, 4, 1, 2, 128, 64, [67], tree=tree_of([-1, -1, 0, 1]), dtype=F32),
     case("splits", 3, 2, 2, 2, 256, 64, [250, 31, 0], dtype=F32, return_lse=True, blocks={"splits": 2}),
     case("head_by_head", 2, 1, 4, 2, 128, 64, [100, 128], dtype=F32, blocks={"heads": 1, "buffers": 2}),
     case("bf16", 2, 1, 2, 8, 512, 128, [512, 130]),

@@ -203,7 +203,7 @@ def _body(
         buffer = stream.take(row, item)
         base = block_of(row, item) * slots
         lowest = start if window is None else jnp.maximum(start, position + T - window)
-        whole = (base >= lowest) & (base + slots <= (length - T + 1 if tree else jnp.minimum(length, position + 1)))
+        whole = (base >= lowest) & (base + slots <= (length - T if tree else jnp.minimum(length, position + 1)))
         if tree and window is not None:
             whole = jnp.bool_(False)
         blocks.write(b, head, base, buffer, length)
