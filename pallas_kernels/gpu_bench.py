@@ -108,8 +108,9 @@ def _compiled(job: Timed) -> Any:
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return timed lines as a Markdown table: our time, its share of the nearest limit, and others' times as ratios."""
     rows = ["| kernel | case | time | of the limit | others |", "|---|---|---:|---|---|"]
-    for place in dict.fromkeys((x["kernel"], x["case"]) for x in lines if "case" in x):
-        here = [x for x in lines if (x.get("kernel"), x.get("case")) == place]
+    lines = [x for x in lines if "implementation" in x]
+    for place in dict.fromkeys((x["kernel"], x["case"]) for x in lines):
+        here = [x for x in lines if (x["kernel"], x["case"]) == place]
         own = [x for x in here if x["implementation"] == "pallas"]
         best = min((x for x in own if "us" in x), key=lambda x: x["us"], default=None)
         if best is None:
@@ -144,5 +145,5 @@ def main(args: Any) -> int:
         tell({"ceilings": limits})
         for line in times(timed(names, cases, not args.no_peers, args.tune), limits):
             tell(line)
-        print(table([x for x in lines if "implementation" in x]))
+        print(table(lines))
     return min(wrong, 1)

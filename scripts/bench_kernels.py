@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pallas_kernels import chips, static_profile
+from pallas_kernels import chips, gpu_bench, static_profile
 from pallas_kernels.kernels import KERNELS, kernel
 
 BUDGET = Path(__file__).resolve().parent.parent / "pallas_kernels" / "budget.json"
@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.table or args.budget:
         if args.table:
-            lines = read(args.table)
-            print(table([x for x in lines if args.cases is None or x["case"] in args.cases.split(",")]))
+            lines = [x for x in read(args.table) if args.cases is None or x.get("case") in args.cases.split(",")]
+            print(gpu_bench.table(lines) if any("us" in x for x in lines) else table(lines))
         if args.budget:
             BUDGET.write_text(budget(read(args.budget)))
         return
@@ -130,8 +130,6 @@ def main(argv: list[str] | None = None) -> None:
         if unknown:
             parser.error(f"{unknown[0]!r}: must be of {', '.join(known)}")
     if args.gpu:
-        from pallas_kernels import gpu_bench
-
         try:
             sys.exit(gpu_bench.main(args))
         except gpu_bench.NoGpu as error:

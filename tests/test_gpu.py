@@ -156,6 +156,11 @@ def test_bench_times_variants_by_batch_and_context(tmp_path, capsys):
         assert row["step_ms"] > 0 and row["prefill_tokens_per_second"] > 0 and row["bandwidth_share"] > 0
         assert np.isclose(row["decode_tokens_per_second"], 1e3 * row["batch"] / row["step_ms"])
     assert rows[1]["step_bytes"] < rows[0]["step_bytes"] and "| both | 2 | 16 |" in text
+    status, again, _ = run("bench", "--table", out)
+    assert status == 0 and again.splitlines() == text.splitlines()[1:]
+    out.write_text('{"variant": "a"}\n')
+    status, _, errors = run("bench", "--table", out)
+    assert status == 2 and f"{out}, line 1: no result of jaxinfer bench" in errors
 
 
 def test_bench_takes_random_weights_of_a_shape(capsys, monkeypatch):

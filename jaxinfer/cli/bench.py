@@ -6,7 +6,8 @@
 --random-weights needs no checkpoint: MODEL is then a published shape too (llama3-8b, llama2-7b, ...), as of jaxinfer
 plan, and speed is all that can be told of it. Variants are given as for jaxinfer compare, which measures quality; they
 are timed in turns with the model alone. A step's share of the bandwidth is that of the bytes of weights and cache that
-it must read. --out FILE also gets every result as a JSON line, with the device, versions and limits.
+it must read. --out FILE also gets every result as a JSON line, with the device, versions and limits; --table FILE
+prints the table of such a file and measures nothing.
 """
 
 import argparse
@@ -36,10 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--new-tokens", type=int, default=64, metavar="N", help="decode steps that are timed (default: 64)")
     add("--rounds", type=int, default=3, metavar="N", help="times that each is measured, in turns (default: 3)")
     add("--out", type=Path, metavar="FILE", help="append a JSON line a result")
+    add("--table", type=Path, metavar="FILE", help="print the table of such a file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if args.table is not None:
+        _print_table(args.table)
+        return
     options.take_positional(args)
     variants = _variants(args)
     from jaxinfer.eval import bench
@@ -71,6 +76,21 @@ def run(args: argparse.Namespace) -> None:
                 file.write(json.dumps(about | row) + "\n")
     print(f"{about['device']}: {found.bandwidth / 1e9:.0f} GB/s, {found.flops / 1e12:.4g} TFLOP/s ({found.source})")
     print(bench.table(rows, BASELINE))
+
+
+def _print_table(path: Path) -> None:
+    """Print the results of a file, by context and batch. Raises InputError for a line that is none."""
+    from jaxinfer.eval.bench import table
+
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row = {**row, "place": (row["context"], row["batch"]), "variant": str(row["variant"])}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}, line {number}: no result of jaxinfer bench") from None
+        rows.append(row)
+    print(table(sorted(rows, key=lambda row: row["place"]), BASELINE))
 
 
 def _variants(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
