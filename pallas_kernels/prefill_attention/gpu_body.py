@@ -113,10 +113,11 @@ def _copy(arrays, held, plan, items, b, head, i, first, _, done):
 
     copy("k", "keys", jnp.int32(0))
     for group in range(plan.queries // ROWS):
+        if plan.all_tiles > plan.processors:
 
-        @pl.when(jnp.logical_not(first))
-        def _(group=group):
-            plgpu.barrier_wait(held["queries_free"].at[group])
+            @pl.when(jnp.logical_not(first))
+            def _(group=group):
+                plgpu.barrier_wait(held["queries_free"].at[group])
 
         rows = pl.ds(i * plan.queries + group * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(
@@ -132,7 +133,7 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
     groups, stages, slots = plan.queries // ROWS, held["keys"].shape[0], plan.slots
     H, dtype = held["queries"].shape[-1], held["queries"].dtype
     queries = held["queries"].at[group]
-    following = jnp.where(group == groups - 1, 0, group + 1)
+    following = 1 - group if groups == 2 else rem(group + 1, groups)
     token = i * plan.queries + group * ROWS
     sums = plgpu.Layout.WGMMA.reduce(1)
     seen_from = None
@@ -225,9 +226,10 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
         state = (plgpu.ACC.init(acc), plgpu.ACC.init(no_scores), no_scores, peak, total, peak)
         acc, _, wide, peak, total, shrink = pl.run_state(multiply)(state)
         plgpu.barrier_arrive(held["values_free"].at[before])
-        clean_values(stage, base, masked)
         acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
-        return acc, peak, total, wide.astype(dtype)
+        weights = wide.astype(dtype)
+        clean_values(stage, base, masked)
+        return acc, peak, total, weights
 
     def multiply_last(weights, stage):
         def multiply(acc):
