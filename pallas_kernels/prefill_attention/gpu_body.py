@@ -169,19 +169,19 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
         weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(top, scores.shape, [0]))
         return weights, top, total * shrink + weights.sum(axis=1), shrink
 
-    def clean_values(stage, base, masked):
+    def clean_values(stage, base):
         """Zero the values that the row does not have: they may be NaN, and 0 * NaN is NaN."""
-        if masked is False or not plan.bounded:
+        if not plan.bounded:
             return
 
         @pl.when(base + slots > items.length)
         def _():
             # Every warpgroup does, for itself: all write the same, so none has to wait for another.
-            for first in range(0, slots, ROWS):
+            for row in range(0, slots, ROWS):
                 slot = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 0, layout=plgpu.Layout.WGMMA)
-                live = slot < items.length - base - first
+                live = slot < items.length - base - row
                 for lane in range(0, H, TILE):
-                    part = held["values"].at[stage, pl.ds(first, ROWS), pl.ds(lane, TILE)]
+                    part = held["values"].at[stage, pl.ds(row, ROWS), pl.ds(lane, TILE)]
                     part[...] = jnp.where(live, part[...], jnp.zeros((), dtype))
             plgpu.commit_smem()
 
@@ -228,7 +228,8 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
         plgpu.barrier_arrive(held["values_free"].at[before])
         acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
         weights = wide.astype(dtype)
-        clean_values(stage, base, masked)
+        if plan.lists is not None:
+            clean_values(stage, base)
         return acc, peak, total, weights
 
     def multiply_last(weights, stage):
@@ -255,7 +256,7 @@ def _attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first,
     base = items.block(jnp.int32(0)) * slots
     wide, peak, total, _ = weigh(scores, base, masked, peak, total)
     plgpu.barrier_wait(held["values_ready"].at[stage])
-    clean_values(stage, base, masked)
+    clean_values(stage, base)  # no other block may reach beyond the row's end, unless blocks are in lists
     carry = acc, peak, total, wide.astype(dtype)
 
     def loop(start, end, carry, masked):
