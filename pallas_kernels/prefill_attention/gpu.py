@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, gpus
 from pallas_kernels.calls import Interpret, Known, round_up, scalar_math
-from pallas_kernels.prefill_attention.gpu_body import REGISTERS, ROWS, body, scratch
-from pallas_kernels.prefill_attention.gpu_plan import Plan, together
+from pallas_kernels.prefill_attention.gpu_body import REGISTERS, body, scratch
+from pallas_kernels.prefill_attention.gpu_plan import ROWS, Plan, together
 from pallas_kernels.prefill_attention.tpu import check
 
 HEADS = (64, 128, 256)  # head dims

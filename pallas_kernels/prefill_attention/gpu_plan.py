@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.calls import div, rem
 
+ROWS = 64  # queries of a warpgroup: what its matrix instruction takes
+TILE = 64  # lanes of a tile in shared memory
 SECTION_BYTES = 32 * 2**20  # of keys and values that blocks running together read: they stay in the L2 cache
 
 
@@ -141,3 +143,8 @@ class Items:
             first = at - plan.window + 1
             low = first if low is None else jnp.maximum(low, first)
         return low, end
+
+
+def stage_of(count: Any, stages: int) -> Any:
+    """Return where in the ring the block after `count` others is."""
+    return count & (stages - 1) if stages & (stages - 1) == 0 else rem(count, stages)
