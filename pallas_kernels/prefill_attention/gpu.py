@@ -62,7 +62,7 @@ def prefill_attention(
     plan = Plan(
         B, T, S, N, K, queries, slots, window, sinks, starts is not None,
         None if lists is None else (lists.shape[1], lists.shape[3]), sparse_block,
-        length is not None or starts is not None, together(B * K, 4 * H, S),
+        any(x is not None for x in (length, starts, lists)), together(B * K, 4 * H, S),
     )  # fmt: skip
     plan = dataclasses.replace(plan, processors=min(chosen.get("processors") or plan.all_tiles, plan.all_tiles))
 

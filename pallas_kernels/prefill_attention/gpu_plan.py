@@ -29,7 +29,7 @@ class Plan:
     ragged: bool
     lists: tuple[int, int] | None = None  # heads with lists of their own, blocks in a list where it is sparse
     sparse_block: tuple[int, int] | None = None
-    bounded: bool = True  # `length` may be less than S
+    bounded: bool = True  # `length` may be less than S, of a row or of a block of queries
     together: int = 1  # key heads, of whatever rows, whose blocks run together
     processors: int = 1  # that share the tiles: a block of queries of a head is one
 
