@@ -26,7 +26,6 @@ class Ref:
 
     def __init__(self, array: np.ndarray, index: tuple = ()):
         self._array, self._index = array, index
-        self.at = types.SimpleNamespace()
         self.at = _At(self)
 
     @property
@@ -102,7 +101,6 @@ class Barrier:
     def __init__(self, *, num_arrivals: int = 1, num_barriers: int = 1):
         self._arrivals, self._lock = num_arrivals, threading.Condition()
         self._arrived, self._waited = [0] * num_barriers, {}
-        self.at = types.SimpleNamespace()
         self.at = _AtBarrier(self)
 
     def arrive(self, i):
@@ -180,7 +178,6 @@ def _fori_loop(start, end, body, carry):
     return carry
 
 
-_SHAPE = types.SimpleNamespace
 _plgpu = types.SimpleNamespace(
     SMEM=lambda shape, dtype, transforms=(): Ref(np.full(shape, np.nan, dtype)),
     Barrier=Barrier,
@@ -246,8 +243,8 @@ def _kernel(memory):
 
 
 @contextlib.contextmanager
-def emulated(launch: Any, body: Any) -> Iterator[None]:
-    """Emulate the kernels that the module `launch` calls, whose bodies and memory are the module `body`'s."""
+def emulated(launch: Any, *bodies: Any) -> Iterator[None]:
+    """Emulate the kernels that the module `launch` calls, whose bodies are in the modules `bodies`."""
     held: list[Any] = []
     scratch = launch.scratch
 
@@ -255,11 +252,10 @@ def emulated(launch: Any, body: Any) -> Iterator[None]:
         held[:] = [lambda: scratch(*args)]
         return scratch(*args)
 
+    named = (("plgpu", _plgpu), ("pl", _pl), ("lax", _lax))
     with contextlib.ExitStack() as stack:
         for module, name, value in (
-            (body, "plgpu", _plgpu),
-            (body, "pl", _pl),
-            (body, "lax", _lax),
+            *((body, name, value) for body in bodies for name, value in named),
             (launch, "scratch", remember),
             (launch.compat, "transposed", lambda ref: ref.read().T),
             (launch.compat, "gpu_load", lambda ref, layout: ref[...]),

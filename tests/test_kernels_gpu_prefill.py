@@ -8,7 +8,7 @@ from kernel_cases import case_of, check
 from mosaic_emulator import emulated
 
 from pallas_kernels import gpus
-from pallas_kernels.prefill_attention import gpu, gpu_body
+from pallas_kernels.prefill_attention import gpu, gpu_attend, gpu_body
 from pallas_kernels.prefill_attention.gpu_plan import Plan, together
 
 LAUNCH = sys.modules[gpu.__module__]
@@ -19,15 +19,15 @@ KINDS = ("gqa_8_h128", "h256", "chunk", "window_sinks", "ragged_window", "sparse
 @pytest.mark.parametrize("name", CASES)
 def test_emulated_kernel_is_the_reference(name):
     found, case = case_of("prefill_attention", name)
-    with emulated(LAUNCH, gpu_body):
+    with emulated(LAUNCH, gpu_body, gpu_attend):
         check(found, case.narrowed(), False, gpu=True)
 
 
 def test_a_barrier_that_nobody_waits_for_is_found(monkeypatch):
     """The check can fail: a weight times a value that has not landed is NaN."""
     found, case = case_of("prefill_attention", "chunk")
-    with emulated(LAUNCH, gpu_body):
-        monkeypatch.setattr(gpu_body.plgpu, "barrier_wait", lambda barrier: None)
+    with emulated(LAUNCH, gpu_body, gpu_attend):
+        monkeypatch.setattr(gpu_attend.plgpu, "barrier_wait", lambda barrier: None)
         with pytest.raises(AssertionError):
             check(found, case.narrowed(), False, gpu=True)
 

@@ -134,7 +134,7 @@ TESTS = [
     case("sparse", 1, 256, 2, 2, 256, 64, sparse=random_lists(1, 2, 256, 256, (32, 128), 0.5), **_SPARSE),
     case("sparse_empty", 1, 130, 2, 2, 384, 64, position=[200],
          sparse=_some_empty(random_lists(1, 4, 130, 384, (32, 128), 0.6, 1)), **_SPARSE),
-    case("sparse_128", 2, 300, 2, 2, 384, 64, sparse=random_lists(2, 2, 300, 384, (128, 128), 0.7, 2),
+    case("sparse_128", 2, 300, 2, 2, 384, 64, sparse=_some_empty(random_lists(2, 2, 300, 384, (128, 128), 0.7, 2)),
          **_SPARSE | {"sparse_block": (128, 128)}, gpu_blocks=_FEW),
     case("bf16", 2, 200, 2, 4, 256, 128, position=[0, 50], length=[200, 250], blocks={"queries": 64, "rows": 128}),
     case("int8", 1, 130, 2, 4, 256, 128, cache=jnp.int8, length=[120]),
@@ -199,7 +199,7 @@ GPU_TIMED = [
     _gpu("gpu_s8192", 8192, 8192, _8K),
     _gpu("gpu_s16384", 16384, 16384, _16K),
     _gpu("gpu_s8192_window", 8192, 8192, 1024 * 1025 / 2 + 7168 * 1024, window=1024),
-    _gpu("gpu_t512_s8192", 512, 8192, 512 * 7680 + 512 * 513 / 2, position=[7680] * 32),
+    _gpu("gpu_t512_s8192", 512, 8192, 512 * 7680 + 512 * 513 / 2, position=[7680] * 32, length=[8192] * 32),
     _gpu_sparse("gpu_s8192_sparse", (512, 512)),
 ]
 

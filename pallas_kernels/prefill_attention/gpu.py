@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat, gpus
 from pallas_kernels.calls import Interpret, Known, round_up, scalar_math
-from pallas_kernels.prefill_attention.gpu_body import REGISTERS, ROWS, body, scratch
-from pallas_kernels.prefill_attention.gpu_plan import Plan, together
+from pallas_kernels.prefill_attention.gpu_body import REGISTERS, body, scratch
+from pallas_kernels.prefill_attention.gpu_plan import ROWS, Plan, together
 from pallas_kernels.prefill_attention.tpu import check
 
 HEADS = (64, 128, 256)  # head dims
@@ -62,7 +62,7 @@ def prefill_attention(
     plan = Plan(
         B, T, S, N, K, queries, slots, window, sinks, starts is not None,
         None if lists is None else (lists.shape[1], lists.shape[3]), sparse_block,
-        length is not None or starts is not None, together(B * K, 4 * H, S),
+        any(x is not None for x in (length, starts, lists)), together(B * K, 4 * H, S),
     )  # fmt: skip
     plan = dataclasses.replace(plan, processors=min(chosen.get("processors") or plan.all_tiles, plan.all_tiles))
 

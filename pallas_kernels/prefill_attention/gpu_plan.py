@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.calls import div, rem
 
+ROWS = 64  # queries of a warpgroup: what its matrix instruction takes
+TILE = 64  # lanes of a tile in shared memory
 SECTION_BYTES = 32 * 2**20  # of keys and values that blocks running together read: they stay in the L2 cache
 
 
@@ -27,7 +29,7 @@ class Plan:
     ragged: bool
     lists: tuple[int, int] | None = None  # heads with lists of their own, blocks in a list where it is sparse
     sparse_block: tuple[int, int] | None = None
-    bounded: bool = True  # `length` may be less than S
+    bounded: bool = True  # `length` may be less than S, of a row or of a block of queries
     together: int = 1  # key heads, of whatever rows, whose blocks run together
     processors: int = 1  # that share the tiles: a block of queries of a head is one
 
@@ -141,3 +143,8 @@ class Items:
             first = at - plan.window + 1
             low = first if low is None else jnp.maximum(low, first)
         return low, end
+
+
+def stage_of(count: Any, stages: int) -> Any:
+    """Return where in the ring the block after `count` others is."""
+    return count & (stages - 1) if stages & (stages - 1) == 0 else rem(count, stages)

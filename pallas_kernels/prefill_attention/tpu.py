@@ -95,6 +95,7 @@ def shape_class(q: Any, k: Any, *_, lists: Any = None, window: int | None = None
 
 
 def check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale):
+    """Raise for arguments that do not belong together, as `prefill_attention` says."""
     if starts is not None and (position is not None or k.shape[2] != q.shape[1]):
         raise ValueError(f"starts: token t is in slot t, so S={k.shape[2]} must be T={q.shape[1]}, with no position")
     if starts is not None and window is not None and sinks:
