@@ -89,6 +89,7 @@ class Kernel:
     peer_bytes: Mapping[str, Callable[[Case], float]] = dataclasses.field(default_factory=dict)  # where they read more
     gpu: Callable[..., Any] | None = None  # as `tpu`, for a Hopper GPU
     gpu_candidates: Callable[[Case], Sequence[dict[str, int]]] | None = None  # blocks worth trying there
-    gpu_peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    gpu_peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)  # as `peers`; of one that has
+    # `prepare`, that makes what its `run` takes, and `run` alone is timed
     gpu_timed: Sequence[Case] = ()  # timed on a GPU; by default what is timed anyway
     gpu_tests: Sequence[Case] = ()  # checked on a GPU beside `tests`

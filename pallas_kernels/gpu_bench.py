@@ -63,6 +63,7 @@ class Timed:
     implementation: str
     run: Callable[..., Any]
     blocks: dict[str, int] | None = None
+    prepare: Callable[..., Any] | None = None
 
 
 def timed(names: Sequence[str], cases: Sequence[str] | None, peers: bool, tune: bool) -> list[Timed]:
@@ -78,8 +79,15 @@ def timed(names: Sequence[str], cases: Sequence[str] | None, peers: bool, tune: 
                 run = functools.partial(kernel.gpu, **case.options, blocks=blocks)
                 found.append(Timed(kernel, case, "pallas", run, blocks))
             for peer, run in kernel.gpu_peers.items() if peers else ():
-                found.append(Timed(kernel, case, peer, functools.partial(run, **case.options)))
+                found.append(_peer(kernel, case, peer, run))
     return found
+
+
+def _peer(kernel: Kernel, case: Case, name: str, peer: Callable[..., Any]) -> Timed:
+    prepare = getattr(peer, "prepare", None)
+    if prepare is None:
+        return Timed(kernel, case, name, functools.partial(peer, **case.options))
+    return Timed(kernel, case, name, peer.run, prepare=functools.partial(prepare, **case.options))
 
 
 def times(jobs: Sequence[Timed], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
@@ -100,7 +108,7 @@ def times(jobs: Sequence[Timed], limits: dict[str, float]) -> Iterator[dict[str,
 
 def _compiled(job: Timed) -> Any:
     try:
-        return gpu_measure.compile_calls(job.run, job.case)
+        return gpu_measure.compile_calls(job.run, job.case, job.prepare)
     except Exception as error:
         return error
 

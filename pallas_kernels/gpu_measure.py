@@ -80,18 +80,21 @@ class Calls:
     case: Case
     count: int
     run: Callable[..., Any]
+    prepare: Callable[..., Any] | None = None  # makes what a call takes of a set of inputs; is not timed
 
 
-def compile_calls(run: Callable[..., Any], case: Case) -> Calls:
+def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., Any] | None = None) -> Calls:
     """Compile a loop of as many calls `run(**inputs)` of a case as fill the L2 cache several times over.
 
+    With `prepare` a call is `run(*prepare(**inputs))`, of which `run` alone is in the loop.
     What a turn takes is tied to what the turn before gave, so that it can't be computed once for all of them.
     """
     case = case.narrowed()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(case.shapes))
     size = max(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)), 1)
     count = int(min(max(_CACHED / size, _CALLS[0]), _CALLS[1])) if size < _LARGE else 2
-    one = jax.jit(lambda kept, given: run(**kept, **given))  # traced and lowered once for all calls
+    call = (lambda kept, given: run(**kept, **given)) if prepare is None else (lambda kept, given: run(*kept))
+    one = jax.jit(call)  # traced and lowered once for all calls
 
     @functools.partial(jax.jit, donate_argnums=1)
     def loop(kept: Any, given: Any, turns: Any) -> Any:
@@ -106,8 +109,11 @@ def compile_calls(run: Callable[..., Any], case: Case) -> Calls:
 
         return jax.lax.fori_loop(0, turns, turn, (given, jnp.float32(0)))
 
-    sizes = _split([shapes] * count, case)
-    return Calls(case, count, loop.lower(*sizes, jax.ShapeDtypeStruct((), jnp.int32)).compile())
+    kept, given = _split([shapes] * count, case)
+    if prepare is not None:
+        prepare = jax.jit(prepare)
+        kept = [jax.eval_shape(prepare, **inputs) for inputs in kept]
+    return Calls(case, count, loop.lower(kept, given, jax.ShapeDtypeStruct((), jnp.int32)).compile(), prepare)
 
 
 def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None = None) -> dict[str, Any]:
@@ -115,6 +121,8 @@ def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None
     case, count = calls.case, calls.count
     sets = [jax.tree.map(lambda x, i=i: _fill(x, i), dict(case.shapes)) for i in range(count)]
     kept, given = _split(sets, case)
+    if calls.prepare is not None:
+        kept = [calls.prepare(**inputs) for inputs in kept]
     del sets
 
     def seconds(turns: int) -> float:

@@ -21,6 +21,7 @@ from jaxinfer.ops.implementation import describe
 from jaxinfer.passes.quantization.rounding import round_to_nearest
 from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets
 from pallas_kernels.kernels import kernel
+from pallas_kernels.prefill_attention.gpu_peers import Peer
 
 CALL = "mosaic_gpu_v2"
 
@@ -94,6 +95,15 @@ def test_a_case_is_checked_by_its_reference_and_timed_in_a_loop(monkeypatch):
         line = gpu_measure.measure(dataclasses.replace(calls, run=_slowly(calls.run, clock)), limits)
         assert np.isclose(line["us"], 5e5 / calls.count)  # without the second that a dispatch takes
         assert np.isclose(line["bandwidth_share"] * line["us"], case.bytes / 1e9 * 1e6)
+
+
+def test_what_a_peer_prepares_is_no_part_of_its_loop():
+    case = next(c for c in kernel("quantized_matmul").tests if c.name == "int8")
+    peer = Peer(lambda x, values, scale, *, qtype: (x.T, values), lambda x, values: values.astype(x.dtype) @ x)
+    job = gpu_bench._peer(kernel("quantized_matmul"), case, "turned", peer)
+    calls = gpu_measure.compile_calls(job.run, case, job.prepare)
+    assert [x.shape for x in jax.tree.leaves(calls.run.args_info)][:2] == [(96, 1), (60, 96)]
+    assert gpu_measure.measure(calls, {"copy_bandwidth": 1e9, "flops": 1e9})["calls"] == calls.count
 
 
 def _slowly(run, clock):
