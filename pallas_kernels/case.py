@@ -91,5 +91,6 @@ class Kernel:
     gpu_candidates: Callable[[Case], Sequence[dict[str, int]]] | None = None  # blocks worth trying there
     gpu_peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)  # as `peers`; of one that has
     # `prepare`, that makes what its `run` takes, and `run` alone is timed
+    gpu_class: Callable[..., dict[str, int | str]] | None = None  # as `shape_class`, of the table of a GPU's blocks
     gpu_timed: Sequence[Case] = ()  # timed on a GPU; by default what is timed anyway
     gpu_tests: Sequence[Case] = ()  # checked on a GPU beside `tests`

@@ -16,6 +16,7 @@ from pallas_kernels.case import Case, Kernel
 from pallas_kernels.kernels import kernel as find
 
 _THREADS = 8  # that compile at once
+_WORTH = 0.97  # of the time with a kernel's own blocks: what others must be faster than to be in its table
 
 
 class NoGpu(RuntimeError):
@@ -128,6 +129,25 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         others = [f"{x['implementation']} {x['us'] / best['us']:.2f}x" for x in here if x not in own and "us" in x]
         rows.append(f"| {' | '.join(place)} | {best['us']:.1f} us | {share:.0%} {limit} | {', '.join(others)} |")
     return "\n".join(rows)
+
+
+def block_tables(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the table of each kernel, by file name: the fastest blocks of a case, where they beat the kernel's own."""
+    found: dict[str, list[str]] = {}
+    own = [x for x in lines if x.get("implementation") == "pallas" and "us" in x]
+    for chip, name, case in dict.fromkeys((x["chip"], x["kernel"], x["case"]) for x in own):
+        here = [x for x in own if (x["chip"], x["kernel"], x["case"]) == (chip, name, case)]
+        best = min(here, key=lambda x: x["us"])
+        usual = min((x["us"] for x in here if "blocks" not in x), default=float("inf"))
+        entries = found.setdefault(f"{name}_gpu.json", [])
+        if "blocks" not in best or best["us"] > _WORTH * usual:
+            continue
+        kernel = find(name)
+        (which,) = (c for c in kernel.gpu_timed or kernel.timed if c.name == case)
+        shape = kernel.gpu_class(**which.shapes, **which.options)
+        line = {"chip": chip, "case": case, "class": shape, "blocks": best["blocks"], "us": round(best["us"], 2)}
+        entries.append(json.dumps(line))
+    return {name: "[\n" + ",\n".join(entries) + "\n]\n" for name, entries in found.items()}
 
 
 def main(args: Any) -> int:

@@ -1,4 +1,8 @@
-"""Block sizes, per chip and shape class, from the tables that `scripts/tune_kernels.py` writes; never one default."""
+"""Block sizes, per chip and shape class, from tables; never one default.
+
+Those of TPUs are written by `scripts/tune_kernels.py`, from static cycles; those of GPUs by `scripts/bench_kernels.py
+--gpu-blocks`, from times, where other blocks than the kernel's own choice were faster.
+"""
 
 import functools
 import json
@@ -10,6 +14,7 @@ from typing import Any
 from pallas_kernels.chips import Chip
 
 FOLDER = Path(__file__).parent / "blocks"
+NEAR = 1.5  # of the distance of shape classes: up to which blocks of a GPU are taken for another shape
 
 
 @functools.cache
@@ -36,6 +41,16 @@ def blocks(kernel: str, chip: str, shape: dict[str, int | str]) -> dict[str, int
         if near:
             return dict(table(kernel)[min(near)[1]]["blocks"])
     raise NotImplementedError(f"{kernel}: no blocks are tuned for {shape}; see scripts/tune_kernels.py")
+
+
+def gpu_blocks(kernel: str, gpu: str, shape: dict[str, int | str]) -> dict[str, int]:
+    """Return the blocks measured for a near shape class on a GPU, or on another one; none where none is near."""
+    found = table(f"{kernel}_gpu")
+    for entries in ([e for e in found if e["chip"] == gpu], found):
+        near = [(d, i) for i, e in enumerate(entries) if (d := _distance(e["class"], shape)) is not None and d <= NEAR]
+        if near:
+            return dict(entries[min(near)[1]]["blocks"])
+    return {}
 
 
 def fitting(blocks: dict[str, int], slot_bytes: int, chip: Chip) -> dict[str, int]:

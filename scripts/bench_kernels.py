@@ -4,6 +4,7 @@
     python scripts/bench_kernels.py --tpu-static v5e,v6e [--kernels ...] [--cases ...] [--out kernels.jsonl]
     python scripts/bench_kernels.py --table kernels.jsonl [--cases ...]   the lines of such a run as a table
     python scripts/bench_kernels.py --budget kernels.jsonl       its cycles as the budget that the tests hold
+    python scripts/bench_kernels.py --gpu-blocks gpu.jsonl       the best blocks of a --tune as the kernels' tables
 
 Prints one JSON line a case, chip and implementation: simulated cycles; the predicted time, which is the larger of the
 simulated time and that of the bytes and products; its share of the bandwidth and of the MXU's peak; VMEM, registers
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pallas_kernels import chips, gpu_bench, static_profile
+from pallas_kernels import chips, gpu_bench, static_profile, tuning
 from pallas_kernels.kernels import KERNELS, kernel
 
 BUDGET = Path(__file__).resolve().parent.parent / "pallas_kernels" / "budget.json"
@@ -115,13 +116,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--table", type=Path, default=None, help="print the table of a file of lines")
     parser.add_argument("--budget", type=Path, default=None, help="make the budget of a file of lines")
+    parser.add_argument(
+        "--gpu-blocks", type=Path, default=None, help="make the tables of GPU blocks of a file of lines"
+    )
     args = parser.parse_args(argv)
-    if args.table or args.budget:
+    if args.table or args.budget or args.gpu_blocks:
         if args.table:
             lines = [x for x in read(args.table) if args.cases is None or x.get("case") in args.cases.split(",")]
             print(gpu_bench.table(lines) if any("us" in x for x in lines) else table(lines))
         if args.budget:
             BUDGET.write_text(budget(read(args.budget)))
+        if args.gpu_blocks:
+            for name, text in gpu_bench.block_tables(read(args.gpu_blocks)).items():
+                (tuning.FOLDER / name).write_text(text)
         return
     if args.tpu_static is None and not args.gpu:
         parser.error("nothing to do: --tpu-static CHIPS, --gpu, --table FILE or --budget FILE")

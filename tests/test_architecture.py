@@ -25,7 +25,7 @@ RANKS = [
     ["jaxinfer.configuration", "jaxinfer.cli", "jaxinfer"],
 ]
 ORACLES = {"torch", "transformers", "llama_cpp", "accelerate", "sentencepiece"}
-NEED_ORACLES = {"make_goldens", "make_model_goldens", "make_tokenizer_goldens", "cpu_peer_worker"}
+NEED_ORACLES = {"gpu_peer_worker", "make_goldens", "make_model_goldens", "make_tokenizer_goldens", "cpu_peer_worker"}
 LINES = 250
 LONGER = {"jaxinfer/models/transformer.py": 300, "pallas_kernels/": 500, "tests/": 400}
 

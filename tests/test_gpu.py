@@ -19,9 +19,11 @@ from jaxinfer.ops.einsum import einsum
 from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8
 from jaxinfer.ops.implementation import describe
 from jaxinfer.passes.quantization.rounding import round_to_nearest
-from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets
+from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets, tuning
+from pallas_kernels.decode_attention import gpu_rows
 from pallas_kernels.kernels import kernel
 from pallas_kernels.prefill_attention.gpu_peers import Peer
+from scripts import bench_kernels
 
 CALL = "mosaic_gpu_v2"
 
@@ -141,9 +143,33 @@ def test_a_table_of_times_has_the_best_blocks_the_limit_and_the_peers():
     assert text[2] == "| k | c | 10.0 us | 90% copy bandwidth | xla 3.00x |" and "too odd" in text[3]
 
 
-def test_without_a_gpu_the_command_says_so(capsys):
-    from scripts import bench_kernels
+def test_the_fastest_blocks_make_a_table_that_near_shapes_take(tmp_path, monkeypatch):
+    line = {"kernel": "decode_attention", "chip": "h100", "implementation": "pallas"}
+    lines = [
+        line | {"case": "g4_b4_s8192", "us": 20.0},
+        line | {"case": "g4_b4_s8192", "us": 10.0, "blocks": {"slots": 128, "stages": 2}},
+        line | {"case": "g4_b16_s8192", "us": 30.0},
+        line | {"case": "g4_b16_s8192", "us": 29.9, "blocks": {"slots": 128, "stages": 3}},  # not worth it
+    ]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.table.cache_clear()
+    bench_kernels.main(["--gpu-blocks", str(tmp_path / "lines.jsonl")])
+    (entry,) = json.loads((tmp_path / "decode_attention_gpu.json").read_text())
+    assert entry["case"] == "g4_b4_s8192" and entry["class"] | {"heads": 32, "rows": 4, "S": 8192} == entry["class"]
+    near, far = entry["class"] | {"S": 16384}, entry["class"] | {"S": 65536}
+    assert tuning.gpu_blocks("decode_attention", "h200", near) == {"slots": 128, "stages": 2}
+    assert tuning.gpu_blocks("decode_attention", "h100", far) == tuning.gpu_blocks("no_kernel", "h100", near) == {}
+    q, cache = struct(4, 1, 32, 128), struct(4, 8, 8192, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_rows, "blocks_for", lambda *_, given=None, **__: pytest.fail(str(_[-1])))
+        with pytest.raises(pytest.fail.Exception, match="'slots': 128, 'stages': 2, 'splits': 5"), gpus.assume("h100"):
+            attend = functools.partial(kernel("decode_attention").gpu, scale=1.0, blocks={"splits": 5})
+            jax.eval_shape(attend, q, cache, cache, struct(4, dtype=jnp.int32))
+    tuning.table.cache_clear()
 
+
+def test_without_a_gpu_the_command_says_so(capsys):
     with pytest.raises(SystemExit) as ended:
         bench_kernels.main(["--gpu"])
     assert ended.value.code == 2 and "--gpu: needs a GPU, and JAX has 'cpu'" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels.case import Case, Kernel
 from pallas_kernels.decode_attention import gpu, peers, reference, tpu
+from pallas_kernels.decode_attention.gpu_rows import block_class
 from pallas_kernels.decode_attention.tpu import shape_class
 
 
@@ -194,6 +195,12 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
     return found + [{"slots": 128, "stages": stages} for stages in (2, 3)]
 
 
+def gpu_class(q: Any, k: Any, *_: Any, **__: Any) -> dict[str, int | str]:
+    """Return the key of the table of a GPU's blocks."""
+    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
+    return block_class(k.dtype, B * K, N // K * T, S, H)
+
+
 KERNEL = Kernel(
     "decode_attention",
     tpu,
@@ -204,6 +211,7 @@ KERNEL = Kernel(
     shape_class,
     gpu=gpu,
     gpu_candidates=gpu_candidates,
+    gpu_class=gpu_class,
     gpu_peers=peers.PEERS,
     gpu_timed=GPU_TIMED,
     gpu_tests=GPU_TESTS,

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import compat, gpus
+from pallas_kernels import compat, gpus, tuning
 from pallas_kernels.calls import Known
 from pallas_kernels.decode_attention.gpu_body import body
 from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
 from pallas_kernels.decode_attention.gpu_plan import Plan, scratch, swizzle
+from pallas_kernels.decode_attention.tpu import numbers
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
@@ -54,7 +55,8 @@ def attend_rows(
     width = -(-H // 64) * 64
     columns = min(-(-rows // 8) * 8, MOST_COLUMNS[width])
     grid = B * K * -(-rows // columns)
-    chosen = blocks_for(grid, capacity, width, columns, stored, scales, blocks or {})
+    tuned = tuning.gpu_blocks(name, gpus.current().name, block_class(stored, B * K, rows, capacity, H))
+    chosen = blocks_for(grid, capacity, width, columns, stored, scales, tuned | (blocks or {}))
     slots = source.fit(chosen["slots"])
     plan = Plan(
         kv_heads=K, rows=rows, columns=columns, tokens=T, capacity=capacity, slots=slots, stages=chosen["stages"],
@@ -97,6 +99,11 @@ def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
     if H > 256:
         raise NotImplementedError(f"H={H}: must be at most 256 on a GPU")
     swizzle(H, queries), swizzle(H, stored)
+
+
+def block_class(stored: Any, heads: int, rows: int, capacity: int, H: int) -> dict[str, int | str]:
+    """Return the key of the table of blocks: `heads` are the key heads of all rows, `rows` the queries of one."""
+    return {**numbers(jax.ShapeDtypeStruct((), stored)), "heads": heads, "rows": rows, "S": capacity, "H": H}
 
 
 def blocks_for(

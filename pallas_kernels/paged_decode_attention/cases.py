@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels.case import Case, Kernel
 from pallas_kernels.decode_attention.cases import BRANCHING, gpu_candidates
+from pallas_kernels.decode_attention.gpu_rows import block_class
 from pallas_kernels.paged_decode_attention import gpu, peers, reference, tpu
 from pallas_kernels.paged_decode_attention.tpu import shape_class
 
@@ -148,6 +149,12 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     ]
 
 
+def gpu_class(q: Any, k_pages: Any, *_: Any, table: Any, **__: Any) -> dict[str, int | str]:
+    """Return the key of the table of a GPU's blocks."""
+    (B, T, N, H), (K, page) = q.shape, k_pages.shape[1:3]
+    return block_class(k_pages.dtype, B * K, N // K * T, table.shape[1] * page, H)
+
+
 KERNEL = Kernel(
     "paged_decode_attention",
     tpu,
@@ -159,6 +166,7 @@ KERNEL = Kernel(
     peers.PEERS,
     gpu=gpu,
     gpu_candidates=gpu_candidates,
+    gpu_class=gpu_class,
     gpu_peers={"xla": peers.xla},
     gpu_timed=GPU_TIMED,
     gpu_tests=GPU_TESTS,
