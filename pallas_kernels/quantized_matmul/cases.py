@@ -130,11 +130,14 @@ FORMS = {
     "fp8a16": ("float8_e4m3fn", None, {}),
     "w8a8": ("int8", None, A8),
 }
+GPU_SIZES = [
+    *((form, M, I, O) for form in FORMS for I, O in ((4096, 14336), (14336, 4096)) for M in (1, 8, 16)),
+    # The others of Llama-3-8B: q, k and v in one, a layer's output, the two ups in one, and the vocabulary.
+    *((form, 1, 4096, O) for form in ("w8a16", "w4a16") for O in (4096, 6144, 28672, 128256)),
+]
 GPU_TIMED = [
-    case(f"{form}_m{M}_i{I}_o{O}", M, I, O, qtype, group, **options)
-    for form, (qtype, group, options) in FORMS.items()
-    for I, O in ((4096, 14336), (14336, 4096))
-    for M in (1, 8, 16)
+    case(f"{form}_m{M}_i{I}_o{O}", M, I, O, FORMS[form][0], FORMS[form][1], **FORMS[form][2])
+    for form, M, I, O in GPU_SIZES
 ]
 
 
@@ -151,14 +154,18 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
-    """Return blocks to try: two or three a processor, with 32 to 96 KiB on the way to each."""
-    O = case.shapes["values"].shape[0]
-    return [
-        {"outputs": outputs, "lines": lines, "stages": stages, "splits": max(1, min(8, blocks * outputs // O))}
-        for outputs, lines, stages, blocks in (
-            (128, 1, 5, 264), (128, 2, 3, 264), (128, 1, 3, 396), (64, 1, 6, 264), (64, 2, 4, 264), (256, 1, 3, 264),
-        )
+    """Return blocks to try: two to four a processor, with 8 to 16 KiB a step, and 100 to 200 KiB on the way to all."""
+    M, O = case.shapes["x"].shape[0], case.shapes["values"].shape[0]
+    tried = [
+        # outputs, lines, deep, stages, blocks a processor
+        (64, 1, 2, 6, 4), (64, 1, 2, 8, 3), (64, 1, 2, 5, 6), (64, 2, 4, 3, 4), (64, 2, 4, 4, 3), (128, 1, 2, 3, 4),
+        (128, 1, 2, 4, 3), (128, 1, 2, 6, 2), (128, 1, 1, 5, 2), (32, 2, 4, 6, 4),
     ]  # fmt: skip
+    few = [{"outputs": o, "lines": n, "deep": d, "stages": s, "splits": max(1, min(8, b * 132 // -(-O // o))),
+            "cluster": 0} for o, n, d, s, b in tried]  # fmt: skip
+    if M > 8:
+        few = [{**b, "stages": min(b["stages"], 4)} for b in few]
+    return [*few, few[0] | {"cluster": 1}]
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):

@@ -15,9 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import calls, gpus
-from pallas_kernels.quantized_matmul import gpu_registers, gpu_words
-from pallas_kernels.quantized_matmul.gpu_plan import Plan, check, left_by, plan_for
-from pallas_kernels.quantized_matmul.gpu_registers import BANKS, LINE, Tile
+from pallas_kernels.quantized_matmul import gpu_registers, gpu_sums, gpu_words
+from pallas_kernels.quantized_matmul.gpu_plan import Plan, check, plan_for
+from pallas_kernels.quantized_matmul.gpu_tile import BANKS, LINE, Lane, Tile
 
 
 def quantized_matmul(
@@ -33,9 +33,9 @@ def quantized_matmul(
 ) -> Float[Array, "M O"]:
     """Return what the contract of this folder says, of 64 rows at most; x is bfloat16 or float16.
 
-    `blocks`: outputs a block (64, 128 or 256), lines of 128 bytes of each a step, stages of the ring, and splits of the
-    inputs over blocks, which add up their sums as a cluster of up to 8, or XLA does (`cluster` 0); by default what
-    fills the GPU.
+    `blocks`: outputs a block, lines of 128 bytes of each a step (1, 2 or 4), `deep`: the warps of the four that share
+    outputs (1, 2 or 4), stages of the ring, and splits of the inputs over blocks, whose sums XLA adds up, or they do as
+    a cluster of up to 8 (`cluster` 1); by default what fills the GPU.
 
     Raises:
         NotImplementedError: a qtype, dtype, number of rows, or groups, that the kernel does not know.
@@ -58,20 +58,19 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
     tile = plan.tile
     names = list(scales)
     widths = {"scale": tile.outputs, "offset": tile.outputs, "step": tile.row_of_steps}
-    slots = plan.stages if tile.segment else 1
+    slots = 1 if tile.whole else plan.stages
     swizzle = plgpu.SwizzleTransform(LINE)
     tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
-    copies = tile.lines + 1 + (len(scales) if tile.segment else 0)
+    copies = tile.lines + 1 + (0 if tile.whole else len(scales))
     scratch = {
         "weight": plgpu.SMEM((plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)),
         "x": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
         "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
         "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
         "ready": plgpu.Barrier(num_arrivals=len(scales)),
-        "left": [plgpu.SMEM((left_by(plan),), jnp.float32)] if left_by(plan) else [],
     }
 
-    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready, left):
+    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready):
         *scale_refs, out_ref = refs
         block, split = jax.lax.axis_index("block"), jax.lax.axis_index("split")
         first = split * plan.each
@@ -90,7 +89,7 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
                 )
             inputs = pl.ds(at * tile.inputs, tile.inputs)
             plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(top, tile.rows), inputs], x.at[slot], full.at[slot])
-            if tile.segment:
+            if not tile.whole:
                 copy_scales(jax.lax.div(at * (tile.lines * BANKS), tile.group), slot, full.at[slot])
 
         def copy_scales(group, slot, barrier):
@@ -101,14 +100,14 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
         def begin(step, _):
             copy(step)
 
-        if not tile.segment:
-            copy_scales(top, 0, ready)
         jax.lax.fori_loop(0, jnp.minimum(plan.stages, count), begin, None)
+        if tile.whole:
+            copy_scales(top, 0, ready)
 
         def advance(step, sums):
             slot = jax.lax.rem(step, plan.stages)
             plgpu.barrier_wait(full.at[slot])
-            here = {name: kept[name].at[slot if tile.segment else 0] for name in names}
+            here = {name: kept[name].at[0 if tile.whole else slot] for name in names}
             sums = _multiply(tile, sums, weight.at[slot], x.at[slot], here)
 
             @pl.when(step + plan.stages < count)
@@ -120,10 +119,12 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
 
         zeros = plgpu.layout_cast(jnp.zeros((128 * tile.carried,), jnp.float32), _layout(tile.carried))
         sums = jax.lax.fori_loop(0, count, advance, zeros)
-        if not tile.segment:
+        if tile.whole:
             plgpu.barrier_wait(ready)
+        if plan.left:
+            _meet()  # everyone has read the ring, where the sums are now left
         here = {name: kept[name].at[0] for name in names}
-        _finish(plan, sums, out_ref, here, left, split, start, out)
+        _finish(plan, sums, out_ref, here, weight, split, start, out)
 
     blocks = (pl.cdiv(values.shape[0], tile.outputs),)
     if plan.cluster:
@@ -166,14 +167,14 @@ def _multiply(tile, sums, weight, x, scales):
 
 
 def _finish(plan, sums, out_ref, scales, left, split, output, out):
-    """Write the sums where they belong, scaled if there is one group; of a cluster, added up."""
+    """Write the sums where they belong, scaled if there is one group; of warps that share outputs, added up."""
     tile = plan.tile
     number = plgpu.Layout.WG_SPLAT(())
 
     @plgpu.inline_mgpu(
         arg_types=(
             _layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales},
-            [plgpu.RefType() for _ in left], number, number,
+            plgpu.RefType((plgpu.SwizzleTransform(LINE),)), number, number,
         ),
         return_type=(),
     )  # fmt: skip
@@ -181,17 +182,22 @@ def _finish(plan, sums, out_ref, scales, left, split, output, out):
         del ctx
         sums = gpu_words.uncarried(sums)
         split, output = split.registers.item(), output.registers.item()
-        if not tile.segment:
-            zeros = [gpu_words.real(0.0)] * (4 * tile.strips * tile.eights)
-            sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, scales, 0)
+        if tile.whole:
+            zeros = [gpu_words.real(0.0)] * tile.sums
+            sums = gpu_sums.scaled(tile, Lane(tile), zeros, sums, scales, 0)
         shape = out.shape[1:]
-        if left:
-            gpu_registers.leave(sums, left[0])
+        row = gpu_words.number(0) if plan.cluster else gpu_words.times(split, shape[0])
+        if not plan.left:
+            gpu_sums.store(tile, sums, out_ref, row, output, shape)
+            return ()
+        gpu_sums.leave(tile, sums, left)
+        if plan.cluster:
             gpu_words.meet(seen=True)
-            gpu_registers.gather(tile, plan.splits, split, left[0], out_ref, output, shape)
-            gpu_words.meet(seen=False)  # the others have read what this block left: it may end
         else:
-            gpu_registers.store(tile, sums, out_ref, gpu_words.times(split, shape[0]), output, shape)
+            mgpu.warpgroup_barrier()
+        gpu_sums.gather(tile, plan.splits if plan.cluster else 1, split, left, out_ref, row, output, shape)
+        if plan.cluster:
+            gpu_words.meet(seen=False)  # the others have read what this block left: it may end
         return ()
 
     run(sums, out_ref, scales, left, split, output)
