@@ -15,7 +15,7 @@ from pallas_kernels.kernels import kernel
 from pallas_kernels.quantized_matmul import gpu, gpu_codes, gpu_registers, gpu_sums, gpu_tile, reference
 from pallas_kernels.quantized_matmul.cases import gpu_candidates
 from pallas_kernels.quantized_matmul.gpu import prepared
-from pallas_kernels.quantized_matmul.gpu_plan import KEPT_BACK, plan_for, shared_bytes
+from pallas_kernels.quantized_matmul.gpu_plan import plan_for, resident
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -278,12 +278,12 @@ def test_lowered(case):
 
 @pytest.mark.parametrize("case", kernel("quantized_matmul").gpu_timed, ids=lambda case: case.name)
 def test_blocks_fit(case):
-    """Two blocks a processor at least, by default, and every block to try once."""
+    """Three blocks a processor at least, by default, and every block to try once."""
     x, values, scale = (case.shapes[name] for name in ("x", "values", "scale"))
     h100 = gpus.GPUS["h100"]
     options = case.options["qtype"], False, case.options.get("activations")
     plan = plan_for(x, values, scale, *options, None, h100)
-    fit = (h100.shared + KEPT_BACK) // (shared_bytes(plan) + KEPT_BACK)
+    fit = resident(plan, h100)
     blocks = plan.splits * -(-values.shape[0] // plan.tile.outputs)
     assert fit >= 3 and blocks >= h100.processors
     assert plan.splits == 1 or blocks <= fit * h100.processors

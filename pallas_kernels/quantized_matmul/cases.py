@@ -154,18 +154,20 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
-    """Return blocks to try: two to four a processor, with 8 to 16 KiB a step, and 100 to 200 KiB on the way to all."""
-    M, O = case.shapes["x"].shape[0], case.shapes["values"].shape[0]
-    tried = [
-        # outputs, lines, deep, stages, blocks a processor
-        (64, 1, 2, 6, 4), (64, 1, 2, 8, 3), (64, 1, 2, 5, 6), (64, 2, 4, 3, 4), (64, 2, 4, 4, 3), (128, 1, 2, 3, 4),
-        (128, 1, 2, 4, 3), (128, 1, 2, 6, 2), (128, 1, 1, 5, 2), (32, 2, 4, 6, 4),
-    ]  # fmt: skip
-    few = [{"outputs": o, "lines": n, "deep": d, "stages": s, "splits": max(1, min(8, b * 132 // -(-O // o))),
-            "cluster": 0} for o, n, d, s, b in tried]  # fmt: skip
-    if M > 8:
-        few = [{**b, "stages": min(b["stages"], 4)} for b in few]
-    return [*few, few[0] | {"cluster": 1}]
+    """Return blocks to try: one to four a processor, with 8 to 32 KiB a step and 48 to 100 KiB on the way to each."""
+    M, (O, held) = case.shapes["x"].shape[0], case.shapes["values"].shape
+    found: list[dict[str, int]] = []
+    for outputs, lines, deep, stages, blocks in (
+        (64, 2, 4, 3, 4), (64, 2, 4, 4, 3), (64, 2, 4, 6, 2), (128, 1, 2, 3, 4), (128, 1, 2, 4, 3), (128, 1, 2, 6, 2),
+        (64, 1, 2, 6, 4), (128, 2, 2, 3, 2), (32, 2, 4, 6, 4), (32, 4, 4, 3, 4), (16, 4, 4, 6, 2),
+    ):  # fmt: skip
+        steps = -(-held // (lines * 128))
+        each = -(-steps // max(1, min(8, steps, blocks * 132 // -(-O // outputs))))
+        stages = min(stages, each) if M <= 8 else min(stages, each, 4)
+        blocks = {"outputs": outputs, "lines": lines, "deep": deep, "stages": stages, "splits": -(-steps // each)}
+        if blocks not in found:
+            found.append(blocks)
+    return [*found, *({**blocks, "cluster": 1} for blocks in found[:1] if blocks["splits"] > 1)]
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):

@@ -15,9 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import calls, gpus
-from pallas_kernels.quantized_matmul import gpu_registers, gpu_sums, gpu_words
+from pallas_kernels.quantized_matmul import gpu_copies, gpu_registers, gpu_sums, gpu_words
 from pallas_kernels.quantized_matmul.gpu_plan import Plan, check, plan_for
-from pallas_kernels.quantized_matmul.gpu_tile import BANKS, LINE, Lane, Tile
+from pallas_kernels.quantized_matmul.gpu_tile import LINE, Lane, Tile
 
 
 def quantized_matmul(
@@ -57,74 +57,57 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
     """Return the sums of each split `[splits, M, O]`, scaled."""
     tile = plan.tile
     names = list(scales)
-    widths = {"scale": tile.outputs, "offset": tile.outputs, "step": tile.row_of_steps}
+    widths = {name: tile.row_of_steps if name == "step" else tile.outputs for name in names}
     slots = 1 if tile.whole else plan.stages
     swizzle = plgpu.SwizzleTransform(LINE)
     tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
-    copies = tile.lines + 1 + (0 if tile.whole else len(scales))
     scratch = {
         "weight": plgpu.SMEM((plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)),
-        "x": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
+        "rows": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
         "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
-        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
-        "ready": plgpu.Barrier(num_arrivals=len(scales)),
+        "full": plgpu.SMEM((2 * (plan.stages + 1),), jnp.int32),  # barriers, of 8 bytes
     }
+    plain, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+    types = {
+        "x": plain, "values": plain, "scales": dict.fromkeys(names, plain), "kept": dict.fromkeys(names, plain),
+        "weight": plgpu.RefType((swizzle,)), "rows": plgpu.RefType((tiling, swizzle)), "full": plain,
+    }  # fmt: skip
+    layout = plgpu.Layout.WG_STRIDED((128 * tile.carried,), 1)  # stands for registers, whatever is in them
+    carried = plgpu.ShapeDtypeStruct((128 * tile.carried,), jnp.float32, layout=layout)
 
-    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready):
+    @plgpu.inline_mgpu(arg_types=(types, number, number, number), return_type=())
+    def begin(ctx, refs, *where):
+        gpu_copies.begin(ctx, plan, refs, *(w.registers.item() for w in where))
+        return ()
+
+    @plgpu.inline_mgpu(arg_types=(layout, types, number, number, number, number), return_type=carried)
+    def advance(ctx, sums, refs, step, *where):
+        step = step.registers.item()
+        slot = gpu_copies.arrived(plan, refs, step)
+        weight, rows = (gpu_copies.part(refs[name], slot) for name in ("weight", "rows"))
+        kept = {} if tile.whole else {name: gpu_copies.part(ref, slot) for name, ref in refs["kept"].items()}
+        sums = gpu_registers.multiply(tile, gpu_words.uncarried(sums), weight, rows, kept)
+        gpu_copies.refill(ctx, plan, refs, step, *(w.registers.item() for w in where))
+        return gpu_words.carried(sums)
+
+    @plgpu.inline_mgpu(arg_types=(layout, types, plain, number, number), return_type=())
+    def finish(ctx, sums, refs, out_ref, split, start):
+        del ctx
+        where = out_ref, split.registers.item(), start.registers.item(), out.shape[1:]
+        _finish(plan, gpu_words.uncarried(sums), refs, *where)
+        return ()
+
+    def body(x_ref, values_ref, *refs, **scratch):
         *scale_refs, out_ref = refs
-        block, split = jax.lax.axis_index("block"), jax.lax.axis_index("split")
+        split = jax.lax.axis_index("split")
+        start = jax.lax.axis_index("block") * tile.outputs
         first = split * plan.each
-        count = jnp.minimum(plan.each, plan.steps - first)
-        start = block * tile.outputs
-        top = jnp.int32(0) * block  # past the end of x the copies bring zeros: known bounds would be refused
-
-        def copy(step):
-            slot = jax.lax.rem(step, plan.stages)
-            at = first + step
-            for line in range(tile.lines):
-                plgpu.copy_gmem_to_smem(
-                    values_ref.at[pl.ds(start, tile.outputs), pl.ds((at * tile.lines + line) * LINE, LINE)],
-                    weight.at[slot, line],
-                    full.at[slot],
-                )
-            inputs = pl.ds(at * tile.inputs, tile.inputs)
-            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(top, tile.rows), inputs], x.at[slot], full.at[slot])
-            if not tile.whole:
-                copy_scales(jax.lax.div(at * (tile.lines * BANKS), tile.group), slot, full.at[slot])
-
-        def copy_scales(group, slot, barrier):
-            for name, ref in zip(names, scale_refs, strict=True):
-                columns = pl.ds(top if name == "step" else start, widths[name])
-                plgpu.copy_gmem_to_smem(ref.at[pl.ds(group, tile.groups), columns], kept[name].at[slot], barrier)
-
-        def begin(step, _):
-            copy(step)
-
-        jax.lax.fori_loop(0, jnp.minimum(plan.stages, count), begin, None)
-        if tile.whole:
-            copy_scales(top, 0, ready)
-
-        def advance(step, sums):
-            slot = jax.lax.rem(step, plan.stages)
-            plgpu.barrier_wait(full.at[slot])
-            here = {name: kept[name].at[0 if tile.whole else slot] for name in names}
-            sums = _multiply(tile, sums, weight.at[slot], x.at[slot], here)
-
-            @pl.when(step + plan.stages < count)
-            def _():
-                _meet()  # everyone has read the slot
-                copy(step + plan.stages)
-
-            return sums
-
-        zeros = plgpu.layout_cast(jnp.zeros((128 * tile.carried,), jnp.float32), _layout(tile.carried))
-        sums = jax.lax.fori_loop(0, count, advance, zeros)
-        if tile.whole:
-            plgpu.barrier_wait(ready)
-        if plan.left:
-            _meet()  # everyone has read the ring, where the sums are now left
-        here = {name: kept[name].at[0] for name in names}
-        _finish(plan, sums, out_ref, here, weight, split, start, out)
+        where = first, start, jnp.minimum(plan.each, plan.steps - first)
+        refs = {"x": x_ref, "values": values_ref, "scales": dict(zip(names, scale_refs, strict=True))} | scratch
+        begin(refs, *where)
+        zeros = plgpu.layout_cast(jnp.zeros((128 * tile.carried,), jnp.float32), layout)
+        sums = jax.lax.fori_loop(0, where[2], lambda step, sums: advance(sums, refs, step, *where), zeros)
+        finish(sums, refs, out_ref, split, start)
 
     blocks = (pl.cdiv(values.shape[0], tile.outputs),)
     if plan.cluster:
@@ -142,77 +125,28 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
     return run(x, values, *scales.values())
 
 
-def _layout(registers: int) -> Any:
-    """Return a layout that stands for some registers of each thread, whatever is in them."""
-    return plgpu.Layout.WG_STRIDED((128 * registers,), 1)
-
-
-def _multiply(tile, sums, weight, x, scales):
-    """Return the sums with those of a step's products added."""
-    swizzle = plgpu.SwizzleTransform(LINE)
-    tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
-    layout = _layout(tile.carried)
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            layout, plgpu.RefType((swizzle,)), plgpu.RefType((tiling, swizzle)), {n: plgpu.RefType() for n in scales},
-        ),
-        return_type=plgpu.ShapeDtypeStruct((128 * tile.carried,), jnp.float32, layout=layout),
-    )  # fmt: skip
-    def run(ctx, sums, weight, x, scales):
-        del ctx
-        return gpu_words.carried(gpu_registers.multiply(tile, gpu_words.uncarried(sums), weight, x, scales))
-
-    return run(sums, weight, x, scales)
-
-
-def _finish(plan, sums, out_ref, scales, left, split, output, out):
+def _finish(plan, sums, refs, out_ref, split, output, shape):
     """Write the sums where they belong, scaled if there is one group; of warps that share outputs, added up."""
     tile = plan.tile
-    number = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            _layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales},
-            plgpu.RefType((plgpu.SwizzleTransform(LINE),)), number, number,
-        ),
-        return_type=(),
-    )  # fmt: skip
-    def run(ctx, sums, out_ref, scales, left, split, output):
-        del ctx
-        sums = gpu_words.uncarried(sums)
-        split, output = split.registers.item(), output.registers.item()
-        if tile.whole:
-            zeros = [gpu_words.real(0.0)] * tile.sums
-            sums = gpu_sums.scaled(tile, Lane(tile), zeros, sums, scales, 0)
-        shape = out.shape[1:]
-        row = gpu_words.number(0) if plan.cluster else gpu_words.times(split, shape[0])
-        if not plan.left:
-            gpu_sums.store(tile, sums, out_ref, row, output, shape)
-            return ()
-        gpu_sums.leave(tile, sums, left)
-        if plan.cluster:
-            gpu_words.meet(seen=True)
-        else:
-            mgpu.warpgroup_barrier()
-        gpu_sums.gather(tile, plan.splits if plan.cluster else 1, split, left, out_ref, row, output, shape)
-        if plan.cluster:
-            gpu_words.meet(seen=False)  # the others have read what this block left: it may end
-        return ()
-
-    run(sums, out_ref, scales, left, split, output)
-
-
-def _meet():
-    """Wait for all threads of the block."""
-
-    @plgpu.inline_mgpu(arg_types=(), return_type=())
-    def run(ctx):
-        del ctx
+    if tile.whole:
+        gpu_copies.scales_arrived(plan, refs)
+        zeros = [gpu_words.real(0.0)] * tile.sums
+        kept = {name: gpu_copies.part(ref, gpu_words.number(0)) for name, ref in refs["kept"].items()}
+        sums = gpu_sums.scaled(tile, Lane(tile), zeros, sums, kept, 0)
+    row = gpu_words.number(0) if plan.cluster else gpu_words.times(split, shape[0])
+    if not plan.left:
+        gpu_sums.store(tile, sums, out_ref, row, output, shape)
+        return
+    left = refs["weight"]
+    mgpu.warpgroup_barrier()  # everyone has read the ring
+    gpu_sums.leave(tile, sums, left)
+    if plan.cluster:
+        gpu_words.meet(seen=True)
+    else:
         mgpu.warpgroup_barrier()
-        return ()
-
-    run()
+    gpu_sums.gather(tile, plan.splits if plan.cluster else 1, split, left, out_ref, row, output, shape)
+    if plan.cluster:
+        gpu_words.meet(seen=False)  # the others have read what this block left: it may end
 
 
 def prepared(tile: Tile, x: Array, scale: Array, offset: Array | None) -> tuple[Array, dict[str, Array]]:

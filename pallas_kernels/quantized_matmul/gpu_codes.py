@@ -24,7 +24,7 @@ TWICE, EACH = 0x10001, 0x1010101  # the same bits in both halves of a word, or i
 
 def bias(tile: Tile) -> int:
     """Return how much too large the floats are that `widened` makes of codes."""
-    return (FORMS[tile.letters]["zero"] + 8 * (tile.qtype == "int4")) if tile.planes == 2 else 0
+    return (FORMS[tile.letters]["zero"] + 8 * (tile.qtype == "int4")) if tile.late else 0
 
 
 def ones(tile: Tile) -> Any:
@@ -49,13 +49,17 @@ def paired(tile: Tile, low: Any, high: Any) -> list[Any]:
 
 
 def _nibbles(tile: Tile, codes: Any, shift: int) -> tuple[Any, Any]:
-    """Return a nibble of each byte: of int4 the sign is flipped, and `bias` is yet to be taken away."""
+    """Return a nibble of each byte; of a `late` tile `bias` is yet to be taken away."""
     form = FORMS[tile.letters]
     mask = form["mask"]
     flipped = mask // 15 * 8 if tile.qtype == "int4" else 0
     bits = words.chosen(words.right(codes, shift), mask * EACH, flipped * EACH, AND_XOR)
     above = words.number(form["above"])
-    return words.picked(bits, above, 0x4140), words.picked(bits, above, 0x4342)
+    pairs = words.picked(bits, above, 0x4140), words.picked(bits, above, 0x4342)
+    if tile.late:
+        return pairs
+    zero = (form["above"] << 8 | flipped) * TWICE
+    return tuple(words.pairwise("sub", tile.letters, pair, zero) for pair in pairs)
 
 
 def _int8_pair(tile: Tile, codes: Any) -> Any:

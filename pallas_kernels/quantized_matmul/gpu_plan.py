@@ -55,7 +55,7 @@ def plan_for(
     M, I = x.shape
     O, held = values.shape
     planes = 2 if qtype in FOUR_BIT else 1
-    chosen = default_blocks(M, O, held, planes, gpu) | (blocks or {})
+    chosen = default_blocks(M, O, held, gpu) | {"cluster": 0} | (blocks or {})
     lines, deep = chosen["lines"], chosen["deep"]
     if lines not in (1, 2, 4) or deep not in (1, 2, 4) or chosen["outputs"] * deep % 64:
         raise ValueError(f"blocks={chosen}: lines and deep must be 1, 2 or 4, and outputs * deep a multiple of 64")
@@ -74,8 +74,10 @@ def plan_for(
     splits = pl.cdiv(steps, each)
     cluster = bool(chosen["cluster"]) and 1 < splits <= CLUSTER
     left = 4 * gpu_sums.left_by(tile, splits if cluster else 1)
-    stages = max(min(chosen["stages"], each), pl.cdiv(left, lines * LINE * tile.outputs))
-    plan = Plan(tile, stages, steps, each, splits, cluster)
+    least = pl.cdiv(left, lines * LINE * tile.outputs)
+    plan = Plan(tile, max(min(chosen["stages"], each), least), steps, each, splits, cluster)
+    while "stages" not in (blocks or {}) and plan.stages > max(2, least) and resident(plan, gpu) < chosen["resident"]:
+        plan = dataclasses.replace(plan, stages=plan.stages - 1)
     if (need := shared_bytes(plan)) > gpu.shared:
         raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, {gpu.name} has {gpu.shared} a block")
     return plan
@@ -87,10 +89,11 @@ def _rows(M: int, inputs: int) -> int:
     return max(power, ALIGNED // 2 // inputs) if power < 8 else calls.round_up(M, 8)
 
 
-def default_blocks(M: int, O: int, held: int, planes: int, gpu: gpus.Gpu) -> dict[str, int]:
+def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
     """Return blocks for M rows and O outputs of `held` bytes: all of them at once, of small products.
 
-    Of few rows the warps of a block share outputs, and three or four blocks fit a processor; of many each has its own.
+    Of few rows the warps of a block share outputs, and as many as `resident` blocks fit a processor, with as many
+    stages as leave room for them; of many rows each warp has its own outputs.
     """
     if M == 1:
         outputs, lines, deep, resident = 64, 2, 4, 4
@@ -98,13 +101,9 @@ def default_blocks(M: int, O: int, held: int, planes: int, gpu: gpus.Gpu) -> dic
         outputs, lines, deep, resident = 128, 1, 2, 3
     else:
         outputs, lines, deep, resident = 128, 1, 1, 2
-    inputs = lines * LINE * planes
     room = resident * gpu.processors // pl.cdiv(O, outputs)
     splits = max(1, min(room, MOST_SPLITS, pl.cdiv(held, lines * LINE)))
-    stage = outputs * lines * LINE + 2 * _rows(M, inputs) * inputs + 4 * outputs * max(1, inputs // 64)
-    free = (gpu.shared + KEPT_BACK) // resident - KEPT_BACK - BARRIERS - 3 * ALIGNED
-    stages = max(2, min(free // stage, 6))
-    return {"outputs": outputs, "lines": lines, "deep": deep, "stages": stages, "splits": splits, "cluster": 0}
+    return {"outputs": outputs, "lines": lines, "deep": deep, "stages": 6, "splits": splits, "resident": resident}
 
 
 def shared_bytes(plan: Plan) -> int:
@@ -117,6 +116,11 @@ def shared_bytes(plan: Plan) -> int:
         slots * tile.groups * tile.row_of_steps * 4 if tile.rounded else 0,
     ]
     return sum(calls.round_up(n, ALIGNED) for n in arrays) + BARRIERS
+
+
+def resident(plan: Plan, gpu: gpus.Gpu) -> int:
+    """Return how many blocks a processor's shared memory holds."""
+    return (gpu.shared + KEPT_BACK) // (shared_bytes(plan) + KEPT_BACK)
 
 
 def check(x, values, scale, offset, qtype, activations) -> None:

@@ -67,15 +67,15 @@ def _at_x(tile: Tile, lane: Lane, x: Any) -> list[Any]:
     return [words.onward(base, words.times(words.differ(bank, c), CHUNK)) for c in range(BANKS)]
 
 
-def _inputs(tile: Tile, at_x: list[Any], chunk: int, plane: int, eight: int) -> list[list[Any]]:
-    """Return the inputs of x, paired, that meet each word of a thread's of a piece."""
+def _inputs(tile: Tile, at_x: list[Any], chunk: int, plane: int, pair: int) -> list[list[list[Any]]]:
+    """Return, of each eight rows of x, the inputs, paired, that meet each of two words of a thread's of a piece."""
     found = []
-    for pair in range(-(-tile.wide // 2)):
-        line, place = divmod(chunk * 2 * tile.planes + plane * 2 + pair, BANKS)
-        start = line * tile.rows
-        address = words.onward(at_x[place ^ start % BANKS], (start + eight * 8) * LINE)
+    line, place = divmod(chunk * 2 * tile.planes + plane * 2 + pair, BANKS)
+    start = line * tile.rows
+    for n in range(tile.eights):
+        address = words.onward(at_x[place ^ start % BANKS], (start + n * 8) * LINE)
         four = words.several(address, 2 if tile.wide == 1 else 4)
-        found += [paired(tile, *four[i : i + 2]) for i in range(0, len(four), 2)]
+        found.append([paired(tile, *four[i : i + 2]) for i in range(0, len(four), 2)])
     return found
 
 
@@ -88,12 +88,13 @@ def _piece(tile: Tile, sums: list[Any], at_weight: list[Any], at_x: list[Any], c
         start = (line * tile.outputs + i * 16) * LINE
         addresses = [words.onward(at_weight[place], start + half * 8 * LINE) for half in (0, 1)]
         held.append([words.several(address, tile.wide) for address in addresses])
-    taken = [[_inputs(tile, at_x, chunk, plane, n) for n in range(tile.eights)] for plane in range(tile.planes)]
     for w in range(tile.wide):
+        if w % 2 == 0:
+            taken = [_inputs(tile, at_x, chunk, plane, w // 2) for plane in range(tile.planes)]
         strips = [[widened(tile, half[w]) for half in halves] for halves in held]
         for plane in range(tile.planes):
             for n in range(tile.eights):
-                right = taken[plane][n][w]
+                right = taken[plane][n][w % 2]
                 for i, (top, bottom) in enumerate(strips):
                     left = [top[plane][0], bottom[plane][0], top[plane][1], bottom[plane][1]]
                     at = 4 * (i * tile.eights + n)

@@ -70,9 +70,14 @@ class Tile:
         return max(self.rows, 32)
 
     @property
+    def late(self) -> bool:
+        """Whether codes are multiplied as floats some constant too large: with more rows registers are too few."""
+        return self.planes == 2 and self.eights <= 4
+
+    @property
     def alone(self) -> bool:
-        """Whether x is also summed alone: for the offset, and for codes that are floats some constant too large."""
-        return self.offset or self.planes == 2
+        """Whether x is also summed alone: for the offset, and for codes that are too large."""
+        return self.offset or self.late
 
     @property
     def sums(self) -> int:
