@@ -229,11 +229,15 @@ def test_threads(name, monkeypatch):
     _check(case.narrowed(), {"splits": 1}, monkeypatch)
 
 
-BLOCKS = [{"splits": 2, "cluster": 1}, {"splits": 3, "outputs": 64, "lines": 2, "deep": 4}, {"splits": 2}]
+BLOCKS = [
+    {"splits": 2}, {"splits": 2, "cluster": 1}, {"splits": 2, "outputs": 64, "lines": 1, "deep": 4, "cluster": 1},
+    {"splits": 3, "outputs": 64, "lines": 2, "deep": 4}, {"splits": 1, "outputs": 16, "lines": 4, "deep": 4},
+]  # fmt: skip
+SHARED = ["int8_rows", "int4_groups_32", "int4_outlier_bf16", "uint4_offset_whole", "w4a8_groups_64"]
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("name", ["int8_rows", "int4_outlier_bf16", "uint4_offset_whole", "w4a8_groups_64"])
+@pytest.mark.parametrize("name", SHARED)
 def test_inputs_split_over_blocks(name, blocks, monkeypatch):
     _, case = case_of("quantized_matmul", name)
     _check(case.narrowed(), blocks, monkeypatch)

@@ -22,6 +22,7 @@ def begin(ctx: Any, plan: Plan, refs: dict[str, Any], first: Any, start: Any, co
         for slot in range(plan.stages + 1):
             nvvm.mbarrier_init(_barrier(refs, words.number(slot)).get_ptr(), words.number(1))
         nvvm.fence_mbarrier_init()
+        words.show_copies()
         for step in range(min(plan.stages, plan.each)):
             at = words.add(first, step)
             if step < surely:

@@ -164,6 +164,12 @@ def meet(seen: bool) -> None:
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
 
 
+def show_copies() -> None:
+    """Let the copies that the thread begins after it see what it has written to shared memory."""
+    text = "fence.proxy.async.shared::cta;"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
+
+
 def kept_by(block: int, address: Any) -> Any:
     """Return the float that a block of the cluster keeps at that address of its own shared memory."""
     text = f"{{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, {block}; ld.shared::cluster.f32 $0, [a]; }}"
