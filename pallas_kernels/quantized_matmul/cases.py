@@ -130,11 +130,14 @@ FORMS = {
     "fp8a16": ("float8_e4m3fn", None, {}),
     "w8a8": ("int8", None, A8),
 }
+GPU_SIZES = [
+    *((form, M, I, O) for form in FORMS for I, O in ((4096, 14336), (14336, 4096)) for M in (1, 8, 16)),
+    # The others of Llama-3-8B: q, k and v in one, a layer's output, the two ups in one, and the vocabulary.
+    *((form, 1, 4096, O) for form in ("w8a16", "w4a16") for O in (4096, 6144, 28672, 128256)),
+]
 GPU_TIMED = [
-    case(f"{form}_m{M}_i{I}_o{O}", M, I, O, qtype, group, **options)
-    for form, (qtype, group, options) in FORMS.items()
-    for I, O in ((4096, 14336), (14336, 4096))
-    for M in (1, 8, 16)
+    case(f"{form}_m{M}_i{I}_o{O}", M, I, O, FORMS[form][0], FORMS[form][1], **FORMS[form][2])
+    for form, M, I, O in GPU_SIZES
 ]
 
 
@@ -151,14 +154,20 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
-    """Return blocks to try: two or three a processor, with 32 to 96 KiB on the way to each."""
-    O = case.shapes["values"].shape[0]
-    return [
-        {"outputs": outputs, "lines": lines, "stages": stages, "splits": max(1, min(8, blocks * outputs // O))}
-        for outputs, lines, stages, blocks in (
-            (128, 1, 5, 264), (128, 2, 3, 264), (128, 1, 3, 396), (64, 1, 6, 264), (64, 2, 4, 264), (256, 1, 3, 264),
-        )
-    ]  # fmt: skip
+    """Return blocks to try: one to four a processor, with 8 to 32 KiB a step and 48 to 100 KiB on the way to each."""
+    M, (O, held) = case.shapes["x"].shape[0], case.shapes["values"].shape
+    found: list[dict[str, int]] = []
+    for outputs, lines, deep, stages, blocks in (
+        (64, 2, 4, 3, 4), (64, 2, 4, 4, 3), (64, 2, 4, 6, 2), (128, 1, 2, 3, 4), (128, 1, 2, 4, 3), (128, 1, 2, 6, 2),
+        (64, 1, 2, 6, 4), (128, 2, 2, 3, 2), (32, 2, 4, 6, 4), (32, 4, 4, 3, 4), (16, 4, 4, 6, 2),
+    ):  # fmt: skip
+        steps = -(-held // (lines * 128))
+        each = -(-steps // max(1, min(8, steps, blocks * 132 // -(-O // outputs))))
+        stages = min(stages, each) if M <= 8 else min(stages, each, 4)
+        blocks = {"outputs": outputs, "lines": lines, "deep": deep, "stages": stages, "splits": -(-steps // each)}
+        if blocks not in found:
+            found.append(blocks)
+    return [*found, *({**blocks, "cluster": 1} for blocks in found[:1] if blocks["splits"] > 1)]
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):

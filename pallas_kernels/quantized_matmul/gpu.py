@@ -15,9 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import calls, gpus
-from pallas_kernels.quantized_matmul import gpu_registers, gpu_words
-from pallas_kernels.quantized_matmul.gpu_plan import Plan, check, left_by, plan_for
-from pallas_kernels.quantized_matmul.gpu_registers import BANKS, LINE, Tile
+from pallas_kernels.quantized_matmul import gpu_copies, gpu_registers, gpu_sums, gpu_words
+from pallas_kernels.quantized_matmul.gpu_plan import Plan, check, plan_for
+from pallas_kernels.quantized_matmul.gpu_tile import LINE, Lane, Tile
 
 
 def quantized_matmul(
@@ -33,9 +33,9 @@ def quantized_matmul(
 ) -> Float[Array, "M O"]:
     """Return what the contract of this folder says, of 64 rows at most; x is bfloat16 or float16.
 
-    `blocks`: outputs a block (64, 128 or 256), lines of 128 bytes of each a step, stages of the ring, and splits of the
-    inputs over blocks, which add up their sums as a cluster of up to 8, or XLA does (`cluster` 0); by default what
-    fills the GPU.
+    `blocks`: outputs a block, lines of 128 bytes of each a step (1, 2 or 4), `deep`: the warps of the four that share
+    outputs (1, 2 or 4), stages of the ring, and splits of the inputs over blocks, whose sums XLA adds up, or they do as
+    a cluster of up to 8 (`cluster` 1); by default what fills the GPU.
 
     Raises:
         NotImplementedError: a qtype, dtype, number of rows, or groups, that the kernel does not know.
@@ -57,73 +57,57 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
     """Return the sums of each split `[splits, M, O]`, scaled."""
     tile = plan.tile
     names = list(scales)
-    widths = {"scale": tile.outputs, "offset": tile.outputs, "step": tile.row_of_steps}
-    slots = plan.stages if tile.segment else 1
+    widths = {name: tile.row_of_steps if name == "step" else tile.outputs for name in names}
+    slots = 1 if tile.whole else plan.stages
     swizzle = plgpu.SwizzleTransform(LINE)
     tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
-    copies = tile.lines + 1 + (len(scales) if tile.segment else 0)
     scratch = {
         "weight": plgpu.SMEM((plan.stages, tile.lines, tile.outputs, LINE), values.dtype, transforms=(swizzle,)),
-        "x": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
+        "rows": plgpu.SMEM((plan.stages, tile.rows, tile.inputs), x.dtype, transforms=(tiling, swizzle)),
         "kept": {n: plgpu.SMEM((slots, tile.groups, widths[n]), scales[n].dtype) for n in names},
-        "full": plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
-        "ready": plgpu.Barrier(num_arrivals=len(scales)),
-        "left": [plgpu.SMEM((left_by(plan),), jnp.float32)] if left_by(plan) else [],
+        "full": plgpu.SMEM((2 * (plan.stages + 1),), jnp.int32),  # barriers, of 8 bytes
     }
+    plain, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+    types = {
+        "x": plain, "values": plain, "scales": dict.fromkeys(names, plain), "kept": dict.fromkeys(names, plain),
+        "weight": plgpu.RefType((swizzle,)), "rows": plgpu.RefType((tiling, swizzle)), "full": plain,
+    }  # fmt: skip
+    layout = plgpu.Layout.WG_STRIDED((128 * tile.carried,), 1)  # stands for registers, whatever is in them
+    carried = plgpu.ShapeDtypeStruct((128 * tile.carried,), jnp.float32, layout=layout)
 
-    def body(x_ref, values_ref, *refs, weight, x, kept, full, ready, left):
+    @plgpu.inline_mgpu(arg_types=(types, number, number, number), return_type=())
+    def begin(ctx, refs, *where):
+        gpu_copies.begin(ctx, plan, refs, *(w.registers.item() for w in where))
+        return ()
+
+    @plgpu.inline_mgpu(arg_types=(layout, types, number, number, number, number), return_type=carried)
+    def advance(ctx, sums, refs, step, *where):
+        step = step.registers.item()
+        slot = gpu_copies.arrived(plan, refs, step)
+        weight, rows = (gpu_copies.part(refs[name], slot) for name in ("weight", "rows"))
+        kept = {} if tile.whole else {name: gpu_copies.part(ref, slot) for name, ref in refs["kept"].items()}
+        sums = gpu_registers.multiply(tile, gpu_words.uncarried(sums), weight, rows, kept)
+        gpu_copies.refill(ctx, plan, refs, step, *(w.registers.item() for w in where))
+        return gpu_words.carried(sums)
+
+    @plgpu.inline_mgpu(arg_types=(layout, types, plain, number, number), return_type=())
+    def finish(ctx, sums, refs, out_ref, split, start):
+        del ctx
+        where = out_ref, split.registers.item(), start.registers.item(), out.shape[1:]
+        _finish(plan, gpu_words.uncarried(sums), refs, *where)
+        return ()
+
+    def body(x_ref, values_ref, *refs, **scratch):
         *scale_refs, out_ref = refs
-        block, split = jax.lax.axis_index("block"), jax.lax.axis_index("split")
+        split = jax.lax.axis_index("split")
+        start = jax.lax.axis_index("block") * tile.outputs
         first = split * plan.each
-        count = jnp.minimum(plan.each, plan.steps - first)
-        start = block * tile.outputs
-        top = jnp.int32(0) * block  # past the end of x the copies bring zeros: known bounds would be refused
-
-        def copy(step):
-            slot = jax.lax.rem(step, plan.stages)
-            at = first + step
-            for line in range(tile.lines):
-                plgpu.copy_gmem_to_smem(
-                    values_ref.at[pl.ds(start, tile.outputs), pl.ds((at * tile.lines + line) * LINE, LINE)],
-                    weight.at[slot, line],
-                    full.at[slot],
-                )
-            inputs = pl.ds(at * tile.inputs, tile.inputs)
-            plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(top, tile.rows), inputs], x.at[slot], full.at[slot])
-            if tile.segment:
-                copy_scales(jax.lax.div(at * (tile.lines * BANKS), tile.group), slot, full.at[slot])
-
-        def copy_scales(group, slot, barrier):
-            for name, ref in zip(names, scale_refs, strict=True):
-                columns = pl.ds(top if name == "step" else start, widths[name])
-                plgpu.copy_gmem_to_smem(ref.at[pl.ds(group, tile.groups), columns], kept[name].at[slot], barrier)
-
-        def begin(step, _):
-            copy(step)
-
-        if not tile.segment:
-            copy_scales(top, 0, ready)
-        jax.lax.fori_loop(0, jnp.minimum(plan.stages, count), begin, None)
-
-        def advance(step, sums):
-            slot = jax.lax.rem(step, plan.stages)
-            plgpu.barrier_wait(full.at[slot])
-            here = {name: kept[name].at[slot if tile.segment else 0] for name in names}
-            sums = _multiply(tile, sums, weight.at[slot], x.at[slot], here)
-
-            @pl.when(step + plan.stages < count)
-            def _():
-                _meet()  # everyone has read the slot
-                copy(step + plan.stages)
-
-            return sums
-
-        zeros = plgpu.layout_cast(jnp.zeros((128 * tile.carried,), jnp.float32), _layout(tile.carried))
-        sums = jax.lax.fori_loop(0, count, advance, zeros)
-        if not tile.segment:
-            plgpu.barrier_wait(ready)
-        here = {name: kept[name].at[0] for name in names}
-        _finish(plan, sums, out_ref, here, left, split, start, out)
+        where = first, start, jnp.minimum(plan.each, plan.steps - first)
+        refs = {"x": x_ref, "values": values_ref, "scales": dict(zip(names, scale_refs, strict=True))} | scratch
+        begin(refs, *where)
+        zeros = plgpu.layout_cast(jnp.zeros((128 * tile.carried,), jnp.float32), layout)
+        sums = jax.lax.fori_loop(0, where[2], lambda step, sums: advance(sums, refs, step, *where), zeros)
+        finish(sums, refs, out_ref, split, start)
 
     blocks = (pl.cdiv(values.shape[0], tile.outputs),)
     if plan.cluster:
@@ -141,72 +125,28 @@ def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: An
     return run(x, values, *scales.values())
 
 
-def _layout(registers: int) -> Any:
-    """Return a layout that stands for some registers of each thread, whatever is in them."""
-    return plgpu.Layout.WG_STRIDED((128 * registers,), 1)
-
-
-def _multiply(tile, sums, weight, x, scales):
-    """Return the sums with those of a step's products added."""
-    swizzle = plgpu.SwizzleTransform(LINE)
-    tiling = plgpu.TilingTransform((tile.rows, LINE // 2))
-    layout = _layout(tile.carried)
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            layout, plgpu.RefType((swizzle,)), plgpu.RefType((tiling, swizzle)), {n: plgpu.RefType() for n in scales},
-        ),
-        return_type=plgpu.ShapeDtypeStruct((128 * tile.carried,), jnp.float32, layout=layout),
-    )  # fmt: skip
-    def run(ctx, sums, weight, x, scales):
-        del ctx
-        return gpu_words.carried(gpu_registers.multiply(tile, gpu_words.uncarried(sums), weight, x, scales))
-
-    return run(sums, weight, x, scales)
-
-
-def _finish(plan, sums, out_ref, scales, left, split, output, out):
-    """Write the sums where they belong, scaled if there is one group; of a cluster, added up."""
+def _finish(plan, sums, refs, out_ref, split, output, shape):
+    """Write the sums where they belong, scaled if there is one group; of warps that share outputs, added up."""
     tile = plan.tile
-    number = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            _layout(tile.carried), plgpu.RefType(), {n: plgpu.RefType() for n in scales},
-            [plgpu.RefType() for _ in left], number, number,
-        ),
-        return_type=(),
-    )  # fmt: skip
-    def run(ctx, sums, out_ref, scales, left, split, output):
-        del ctx
-        sums = gpu_words.uncarried(sums)
-        split, output = split.registers.item(), output.registers.item()
-        if not tile.segment:
-            zeros = [gpu_words.real(0.0)] * (4 * tile.strips * tile.eights)
-            sums = gpu_registers.scaled(tile, gpu_registers.Lane(), zeros, sums, scales, 0)
-        shape = out.shape[1:]
-        if left:
-            gpu_registers.leave(sums, left[0])
-            gpu_words.meet(seen=True)
-            gpu_registers.gather(tile, plan.splits, split, left[0], out_ref, output, shape)
-            gpu_words.meet(seen=False)  # the others have read what this block left: it may end
-        else:
-            gpu_registers.store(tile, sums, out_ref, gpu_words.times(split, shape[0]), output, shape)
-        return ()
-
-    run(sums, out_ref, scales, left, split, output)
-
-
-def _meet():
-    """Wait for all threads of the block."""
-
-    @plgpu.inline_mgpu(arg_types=(), return_type=())
-    def run(ctx):
-        del ctx
+    if tile.whole:
+        gpu_copies.scales_arrived(plan, refs)
+        zeros = [gpu_words.real(0.0)] * tile.sums
+        kept = {name: gpu_copies.part(ref, gpu_words.number(0)) for name, ref in refs["kept"].items()}
+        sums = gpu_sums.scaled(tile, Lane(tile), zeros, sums, kept, 0)
+    row = gpu_words.number(0) if plan.cluster else gpu_words.times(split, shape[0])
+    if not plan.left:
+        gpu_sums.store(tile, sums, out_ref, row, output, shape)
+        return
+    left = refs["weight"]
+    mgpu.warpgroup_barrier()  # everyone has read the ring
+    gpu_sums.leave(tile, sums, left)
+    if plan.cluster:
+        gpu_words.meet(seen=True)
+    else:
         mgpu.warpgroup_barrier()
-        return ()
-
-    run()
+    gpu_sums.gather(tile, plan.splits if plan.cluster else 1, split, left, out_ref, row, output, shape)
+    if plan.cluster:
+        gpu_words.meet(seen=False)  # the others have read what this block left: it may end
 
 
 def prepared(tile: Tile, x: Array, scale: Array, offset: Array | None) -> tuple[Array, dict[str, Array]]:

@@ -7,14 +7,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import calls, gpus
-from pallas_kernels.quantized_matmul.gpu_registers import BANKS, CHUNK, LINE, Tile
+from pallas_kernels.quantized_matmul import gpu_sums
+from pallas_kernels.quantized_matmul.gpu_tile import BANKS, CHUNK, LINE, Tile
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
 
 LETTERS = {"bfloat16": "bf16", "float16": "f16"}
 MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
 CLUSTER = 8  # blocks at most
+MOST_SPLITS = 8
 BARRIERS = 1024  # bytes of shared memory
-SPARED = 12 * 1024  # bytes of half a processor's that the ring leaves: for scales, and for sums that meet
+KEPT_BACK = 1024  # bytes of shared memory of each block that it cannot have
+ALIGNED = 1024  # bytes: where a swizzle begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Plan:
         """Partial sums that are left to add up."""
         return 1 if self.cluster else self.splits
 
+    @property
+    def left(self) -> int:
+        """Floats that a block leaves in the ring's place for its other warps, or for the others of its cluster."""
+        return gpu_sums.left_by(self.tile, self.splits if self.cluster else 1)
+
 
 def plan_for(
     x: Any, values: Any, scale: Any, qtype: str, offset: bool, activations: str | None,
@@ -42,58 +50,77 @@ def plan_for(
 
     Raises:
         NotImplementedError: groups that fit no step.
-        ValueError: blocks that need more shared memory than there is.
+        ValueError: blocks of which warps have no whole part, or that need more shared memory than there is.
     """
     M, I = x.shape
     O, held = values.shape
     planes = 2 if qtype in FOUR_BIT else 1
-    chosen = default_blocks(M, O, held, planes, gpu) | (blocks or {})
-    rows, lines = calls.round_up(M, 8), chosen["lines"]
+    chosen = default_blocks(M, O, held, gpu) | {"cluster": 0} | (blocks or {})
+    lines, deep = chosen["lines"], chosen["deep"]
+    if lines not in (1, 2, 4) or deep not in (1, 2, 4) or chosen["outputs"] * deep % 64:
+        raise ValueError(f"blocks={chosen}: lines and deep must be 1, 2 or 4, and outputs * deep a multiple of 64")
     G = scale.shape[0]
     group, chunks = I // G // (CHUNK * planes), lines * BANKS
     if G > 1 and chunks % group and group % chunks:
         inputs = chunks * CHUNK * planes
         raise NotImplementedError(f"groups of {I // G} inputs: must divide {inputs}, or be its multiple")
+    segment = min(group, chunks // deep) if G > 1 else (planes == 2) * chunks // deep
     tile = Tile(
-        qtype, LETTERS[x.dtype.name], chosen["outputs"], rows, lines,
-        segment=0 if G == 1 else min(group, chunks), group=group, offset=offset, rounded=activations == "int8",
+        qtype, LETTERS[x.dtype.name], chosen["outputs"], _rows(M, lines * LINE * planes), lines, deep,
+        segment=segment, group=group, whole=G == 1, offset=offset, rounded=activations == "int8",
     )  # fmt: skip
     steps = pl.cdiv(held, lines * LINE)
     each = pl.cdiv(steps, min(chosen["splits"], steps))
     splits = pl.cdiv(steps, each)
-    plan = Plan(tile, min(chosen["stages"], each), steps, each, splits, bool(chosen["cluster"]) and splits <= CLUSTER)
+    cluster = bool(chosen["cluster"]) and 1 < splits <= CLUSTER
+    left = 4 * gpu_sums.left_by(tile, splits if cluster else 1)
+    least = pl.cdiv(left, lines * LINE * tile.outputs)
+    plan = Plan(tile, max(min(chosen["stages"], each), least), steps, each, splits, cluster)
+    while "stages" not in (blocks or {}) and plan.stages > max(2, least) and resident(plan, gpu) < chosen["resident"]:
+        plan = dataclasses.replace(plan, stages=plan.stages - 1)
     if (need := shared_bytes(plan)) > gpu.shared:
         raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, {gpu.name} has {gpu.shared} a block")
     return plan
 
 
-def default_blocks(M: int, O: int, held: int, planes: int, gpu: gpus.Gpu) -> dict[str, int]:
-    """Return blocks for M rows and O outputs of `held` bytes: up to two blocks a processor, all of them at once."""
-    outputs = 64 if O <= 64 else 128
-    splits = 2 * gpu.processors // pl.cdiv(O, outputs)
-    splits = max(1, min(splits, CLUSTER, held // (4 * LINE)))
-    stage = outputs * LINE + 2 * calls.round_up(M, 8) * LINE * planes
-    stages = (gpu.shared // 2 - SPARED) // stage
-    return {"outputs": outputs, "lines": 1, "stages": max(2, min(stages, 6)), "splits": splits, "cluster": 1}
+def _rows(M: int, inputs: int) -> int:
+    """Return how many rows of x a stage holds: a power of two, or whole eights; a stage's are whole 1024 bytes."""
+    power = 1 << (M - 1).bit_length()
+    return max(power, ALIGNED // 2 // inputs) if power < 8 else calls.round_up(M, 8)
+
+
+def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
+    """Return blocks for M rows and O outputs of `held` bytes: all of them at once, of small products.
+
+    Of few rows the warps of a block share outputs, and as many as `resident` blocks fit a processor, with as many
+    stages as leave room for them; of many rows each warp has its own outputs.
+    """
+    if M == 1:
+        outputs, lines, deep, resident = 64, 2, 4, 4
+    elif M <= 16:
+        outputs, lines, deep, resident = 128, 1, 2, 3
+    else:
+        outputs, lines, deep, resident = 128, 1, 1, 2
+    room = resident * gpu.processors // pl.cdiv(O, outputs)
+    splits = max(1, min(room, MOST_SPLITS, pl.cdiv(held, lines * LINE)))
+    return {"outputs": outputs, "lines": lines, "deep": deep, "stages": 6, "splits": splits, "resident": resident}
 
 
 def shared_bytes(plan: Plan) -> int:
     """Return the shared memory that a block takes: every array of it is of whole 1024 bytes."""
-    tile, slots = plan.tile, plan.stages if plan.tile.segment else 1
+    tile, slots = plan.tile, 1 if plan.tile.whole else plan.stages
     arrays = [
         plan.stages * tile.outputs * tile.lines * LINE,
         plan.stages * tile.rows * tile.inputs * 2,
         *[slots * tile.groups * tile.outputs * 4] * (1 + tile.offset),
         slots * tile.groups * tile.row_of_steps * 4 if tile.rounded else 0,
-        4 * left_by(plan),
     ]
-    return sum(calls.round_up(n, 1024) for n in arrays) + BARRIERS
+    return sum(calls.round_up(n, ALIGNED) for n in arrays) + BARRIERS
 
 
-def left_by(plan: Plan) -> int:
-    """Return the floats that a block leaves for the others of its cluster, and some that nobody reads."""
-    tile = plan.tile
-    return 128 * calls.round_up(4 * tile.strips * tile.eights, plan.splits) if plan.cluster and plan.splits > 1 else 0
+def resident(plan: Plan, gpu: gpus.Gpu) -> int:
+    """Return how many blocks a processor's shared memory holds."""
+    return (gpu.shared + KEPT_BACK) // (shared_bytes(plan) + KEPT_BACK)
 
 
 def check(x, values, scale, offset, qtype, activations) -> None:

@@ -136,15 +136,11 @@ def onward(address: Any, by: Any) -> Any:
     return utils.getelementptr(address, [by], ir.IntegerType.get_signless(8))
 
 
-def word(address: Any) -> Any:
-    """Return the word at an address."""
-    return llvm.load(ir.IntegerType.get_signless(32), address)
-
-
-def two_words(address: Any) -> tuple[Any, Any]:
-    """Return the two words at an address of whole 8 bytes."""
-    pair = llvm.load(ir.VectorType.get((2,), ir.IntegerType.get_signless(32)), address, alignment=8)
-    return llvm.extractelement(pair, number(0)), llvm.extractelement(pair, number(1))
+def several(address: Any, count: int) -> list[Any]:
+    """Return the 1, 2 or 4 words at an address, a multiple of their bytes."""
+    i32 = ir.IntegerType.get_signless(32)
+    found = llvm.load(ir.VectorType.get((count,), i32), address, alignment=4 * count)
+    return [llvm.extractelement(found, number(i)) for i in range(count)]
 
 
 def read(address: Any, size: int) -> Any:
@@ -165,6 +161,12 @@ def meet(seen: bool) -> None:
     """Wait for all threads of the cluster; what they kept before is `seen` after it, or nobody looks."""
     arrive = "release" if seen else "relaxed"  # a release waits for all that was written, outputs too
     text = f"barrier.cluster.arrive.{arrive}.aligned; barrier.cluster.wait.acquire.aligned;"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
+
+
+def show_copies() -> None:
+    """Let the copies that the thread begins after it see what it has written to shared memory."""
+    text = "fence.proxy.async.shared::cta;"
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "~{memory}", asm_dialect=0, has_side_effects=True)
 
 
