@@ -201,6 +201,6 @@ def _bf16_bytes(case: Case) -> float:
 
 KERNEL = Kernel(
     "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
-    {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates,
+    {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates, gpu_class=shape_class,
     gpu_peers={"xla": _xla, "bf16": _bf16}, gpu_timed=GPU_TIMED,
 )  # fmt: skip

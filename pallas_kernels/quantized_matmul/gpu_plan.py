@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import calls, gpus
+from pallas_kernels import calls, gpus, tuning
 from pallas_kernels.quantized_matmul import gpu_sums
 from pallas_kernels.quantized_matmul.gpu_tile import BANKS, CHUNK, LINE, Tile
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
+from pallas_kernels.quantized_matmul.tpu import shape_class
 
 LETTERS = {"bfloat16": "bf16", "float16": "f16"}
 MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
@@ -55,7 +56,11 @@ def plan_for(
     M, I = x.shape
     O, held = values.shape
     planes = 2 if qtype in FOUR_BIT else 1
-    chosen = default_blocks(M, O, held, gpu) | {"cluster": 0} | (blocks or {})
+    tuned = tuning.gpu_blocks(
+        "quantized_matmul", gpu.name, shape_class(x, values, scale, qtype=qtype, activations=activations)
+    )
+    tuned = {"resident": 1} | tuned if tuned else {}  # it is known how many blocks do best: they only have to fit
+    chosen = default_blocks(M, O, held, gpu) | {"cluster": 0} | tuned | (blocks or {})
     lines, deep = chosen["lines"], chosen["deep"]
     if lines not in (1, 2, 4) or deep not in (1, 2, 4) or chosen["outputs"] * deep % 64:
         raise ValueError(f"blocks={chosen}: lines and deep must be 1, 2 or 4, and outputs * deep a multiple of 64")
