@@ -94,3 +94,18 @@ class Kernel:
     gpu_class: Callable[..., dict[str, int | str]] | None = None  # as `shape_class`, of the table of a GPU's blocks
     gpu_timed: Sequence[Case] = ()  # timed on a GPU; by default what is timed anyway
     gpu_tests: Sequence[Case] = ()  # checked on a GPU beside `tests`
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A kernel: `run(*prepare(...))` on our arguments, of which `run` alone is to be timed.
+
+    Raises:
+        NotImplementedError: a case that is not for it.
+    """
+
+    prepare: Callable[..., tuple[Any, ...]]
+    run: Callable[..., Any]
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.run(*self.prepare(**inputs))

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ _CACHED = 400e6  # bytes that the inputs of a timed call take at least, all sets
 _LARGE = 4e9  # bytes of inputs of which two sets are enough
 _CALLS = (4, 24)  # input sets, at least and at most
 _ROUNDS, _SECONDS = 7, 0.01  # rounds, and about what half of one takes
+LOWERING = threading.Lock()  # Mosaic keeps what it is in the middle of in global variables
 _COPIED = 1 << 30  # bytes of the array whose copy is timed
 _SIDE = 8192  # of the matrices whose product is timed
 
@@ -36,7 +38,10 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
     inputs = case.inputs()
     spoiled = case.spoil(inputs) if case.spoil else inputs
     blocks = case.gpu_blocks if blocks is None else blocks
-    found = jax.jit(lambda x: kernel.gpu(**x, **case.options, blocks=blocks))(jax.tree.map(jnp.asarray, spoiled))
+    arrays = jax.tree.map(jnp.asarray, spoiled)
+    with LOWERING:
+        lowered = jax.jit(lambda x: kernel.gpu(**x, **case.options, blocks=blocks)).lower(arrays)
+    found = lowered.compile()(arrays)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         given = spoiled if case.donated else inputs  # what is changed in place keeps what it holds
         expected = jax.jit(lambda x: kernel.reference(**x, **case.options))(jax.tree.map(jnp.asarray, inputs))
@@ -64,10 +69,30 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
 def ceilings() -> dict[str, float]:
     """Return what can be had of this device: bytes a second of a copy, read and written, and FLOP a second."""
     x = jnp.arange(_COPIED // 4, dtype=jnp.int32)
-    copied = _seconds(jax.jit(lambda x: x ^ 1), x)
+    copied = _loop_seconds(lambda x: x ^ 1, x)
     a, b = (jax.random.normal(jax.random.key(i), (_SIDE, _SIDE), jnp.bfloat16) for i in range(2))
-    multiplied = _seconds(jax.jit(jnp.matmul), a, b)
+
+    def multiply(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        (a, b), _ = jax.lax.optimization_barrier((carry[0], carry[1]))
+        return (a, b), (a @ b)[0, 0]
+
+    multiplied = _loop_seconds(multiply, ((a, b), jnp.bfloat16(0)))
     return {"copy_bandwidth": 2 * x.nbytes / copied, "flops": 2 * _SIDE**3 / multiplied}
+
+
+def _loop_seconds(turn: Callable[[Any], Any], state: Any) -> float:
+    """Return the seconds of a turn of a loop over a state that is changed in place, without those of a dispatch."""
+    loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: turn(s), state), donate_argnums=0)
+
+    def seconds(turns: int) -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        state = jax.block_until_ready(loop(state, jnp.int32(turns)))
+        return time.perf_counter() - begin
+
+    for _ in range(2):
+        seconds(2)
+    return statistics.median(seconds(12) - seconds(4) for _ in range(_ROUNDS)) / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +138,9 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
     if prepare is not None:
         prepare = jax.jit(prepare)
         kept = [jax.eval_shape(prepare, **inputs) for inputs in kept]
-    return Calls(case, count, loop.lower(kept, given, jax.ShapeDtypeStruct((), jnp.int32)).compile(), prepare)
+    with LOWERING:
+        lowered = loop.lower(kept, given, jax.ShapeDtypeStruct((), jnp.int32))
+    return Calls(case, count, lowered.compile(), prepare)
 
 
 def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None = None) -> dict[str, Any]:
@@ -170,14 +197,3 @@ def _numbers(shape: tuple[int, ...], dtype: jnp.dtype, seed: jax.Array) -> jax.A
     if jnp.issubdtype(dtype, jnp.integer):
         return x.astype(dtype)
     return ((x >> 8).astype(jnp.float32) * 2.0**-23 - 1).astype(dtype)
-
-
-def _seconds(fn: Callable[..., Any], *args: Any) -> float:
-    """Return the median seconds of `fn(*args)`, which takes long, over calls that are enqueued together."""
-    jax.block_until_ready([fn(*args) for _ in range(3)])
-    times = []
-    for _ in range(_ROUNDS):
-        begin = time.perf_counter()
-        jax.block_until_ready([fn(*args) for _ in range(4)])
-        times.append((time.perf_counter() - begin) / 4)
-    return statistics.median(times)

@@ -20,9 +20,9 @@ from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8
 from jaxinfer.ops.implementation import describe
 from jaxinfer.passes.quantization.rounding import round_to_nearest
 from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets, tuning
+from pallas_kernels.case import Peer
 from pallas_kernels.decode_attention import gpu_rows
 from pallas_kernels.kernels import kernel
-from pallas_kernels.prefill_attention.gpu_peers import Peer
 from scripts import bench_kernels
 
 CALL = "mosaic_gpu_v2"

@@ -4,27 +4,10 @@ Both keep keys and values as `[B, S, K, H]`, and jax's has float16 alone and no 
 take, and is no part of what is timed.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """A kernel: `run(*prepare(...))` on our arguments, of which `run` alone is to be timed.
-
-    Raises:
-        NotImplementedError: a case that is not for it.
-    """
-
-    prepare: Callable[..., tuple[Any, ...]]
-    run: Callable[..., Any]
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.run(*self.prepare(**inputs))
+from pallas_kernels.case import Peer
 
 
 def _swapped(q, k, v):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.case import Case, Kernel
+from pallas_kernels.case import Case, Kernel, Peer
 from pallas_kernels.quantized_matmul import gpu, reference, tpu
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, codes, dequantize
 from pallas_kernels.quantized_matmul.tpu import shape_class
@@ -192,6 +192,16 @@ def _bf16(x, values, scale, **_):
     return jnp.einsum("mi,oi->mo", x.astype(BF16), weight, preferred_element_type=F32).astype(x.dtype)
 
 
+def _widened(x, values, scale, *, qtype, offset=None, **_):
+    """Return x and the weight in bfloat16."""
+    return x, dequantize(values, scale, offset, qtype).astype(BF16)
+
+
+def _float_product(x, weight):
+    """Return the product with it, as XLA makes it."""
+    return jnp.einsum("mi,oi->mo", x, weight, preferred_element_type=F32).astype(x.dtype)
+
+
 def _bf16_bytes(case: Case) -> float:
     """Return the bytes of that product."""
     M, I = case.shapes["x"].shape
@@ -202,5 +212,5 @@ def _bf16_bytes(case: Case) -> float:
 KERNEL = Kernel(
     "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
     {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates, gpu_class=shape_class,
-    gpu_peers={"xla": _xla, "bf16": _bf16}, gpu_timed=GPU_TIMED,
+    gpu_peers={"xla": _xla, "bf16": Peer(_widened, _float_product)}, gpu_timed=GPU_TIMED,
 )  # fmt: skip

@@ -3,11 +3,14 @@
 Pallas' own copies have every thread arrive at a barrier, for each of them, and find their way through it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm
+from jaxlib.mlir.dialects import arith, nvvm, scf
 
 from pallas_kernels.quantized_matmul import gpu_words as words
 from pallas_kernels.quantized_matmul.gpu_plan import Plan
@@ -18,7 +21,7 @@ def begin(ctx: Any, plan: Plan, refs: dict[str, Any], first: Any, start: Any, co
     """Fill the ring: with the block's `count` steps from `first` on, of outputs from `start` on."""
     i32 = ir.IntegerType.get_signless(32)
     surely = plan.steps - plan.each * (plan.splits - 1)
-    with mgpu.single_thread():
+    with _one_thread():
         for slot in range(plan.stages + 1):
             nvvm.mbarrier_init(_barrier(refs, words.number(slot)).get_ptr(), words.number(1))
         nvvm.fence_mbarrier_init()
@@ -42,7 +45,7 @@ def refill(ctx: Any, plan: Plan, refs: dict[str, Any], step: Any, first: Any, st
     after = words.add(step, plan.stages)
     with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, after, count)):
         mgpu.warpgroup_barrier()
-        with mgpu.single_thread():
+        with _one_thread():
             copy(ctx, plan, refs, words.add(first, after), start, words.remainder(step, plan.stages))
 
 
@@ -81,6 +84,19 @@ def copy(ctx: Any, plan: Plan, refs: dict[str, Any], at: Any, start: Any, slot: 
     if not tile.whole:
         group = words.quotient(words.times(at, tile.lines * BANKS), tile.group)
         _copy_scales(ctx, plan, refs, group, start, slot, barrier)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have one thread of the block do what follows.
+
+    Mosaic's own context keeps in a global variable that it is in one: when several threads of the host lower kernels at
+    once, one of them then has all threads of its block do it.
+    """
+    branch = scf.IfOp(utils.single_thread_predicate(utils.ThreadSubset.BLOCK))
+    with ir.InsertionPoint(branch.then_block):
+        yield
+        scf.YieldOp([])
 
 
 def _copy_scales(ctx, plan, refs, group, start, slot, barrier) -> None:
