@@ -51,6 +51,14 @@ class Range:
         begin = jnp.minimum(split * each, self._items)
         return begin, jnp.minimum(begin + each, self._items)
 
+    def lowest_alive(self) -> Any:
+        """Return the first slot that holds something."""
+        return self.start
+
+    def count_alive(self) -> Any:
+        """Return how many slots from there on hold something."""
+        return jnp.maximum(self.length - self.start, 0)
+
     def base_of(self, item: Any) -> Any:
         """Return the first slot of an item."""
         if self._plan.window is None or not self._plan.sinks:
