@@ -51,13 +51,9 @@ class Range:
         begin = jnp.minimum(split * each, self._items)
         return begin, jnp.minimum(begin + each, self._items)
 
-    def lowest_alive(self) -> Any:
-        """Return the first slot that holds something."""
-        return self.start
-
-    def count_alive(self) -> Any:
-        """Return how many slots from there on hold something."""
-        return jnp.maximum(self.length - self.start, 0)
+    def alive(self) -> tuple[Any, Any]:
+        """Return the first slot that holds something, and how many from there on do."""
+        return self.start, jnp.maximum(self.length - self.start, 0)
 
     def base_of(self, item: Any) -> Any:
         """Return the first slot of an item."""

@@ -45,7 +45,7 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     begin, end = at.share(split)
     stream = Stream(plan, source, refs, memory, at, b, head, begin, end)
     stream.fill()
-    start, alive = at.lowest_alive(), at.count_alive()
+    start, alive = at.alive()
     fixed = _prepare(tile, refs["q"].at[group], refs["tree"].at[b] if plan.tree_words else None, start, at)
 
     def step(item: Any, sums: Any) -> Any:
