@@ -85,11 +85,16 @@ def gpu_load(ref: Any, layout: Any) -> Any:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
-def gpu_params() -> Any:
+def gpu_params(auto_barriers: bool = True) -> Any:
     """Return the parameters of a Mosaic GPU call: every thread's own code, and the fast exponentials."""
-    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return plgpu.CompilerParams(
+        approx_math=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        unsafe_no_auto_barriers=not auto_barriers,
+    )
 
 
-def gpu_kernel(body: Any, *, name: str, interpret: Any = False, **options: Any) -> Any:
-    """Return a function of arrays that runs a Mosaic GPU kernel."""
-    return plgpu.kernel(body, kernel_name=name, compiler_params=gpu_params(), interpret=interpret, **options)
+def gpu_kernel(body: Any, *, name: str, interpret: Any = False, auto_barriers: bool = True, **options: Any) -> Any:
+    """Return a function of arrays that runs a Mosaic GPU kernel; threads wait for each other at every copy, or not."""
+    params = gpu_params(auto_barriers)
+    return plgpu.kernel(body, kernel_name=name, compiler_params=params, interpret=interpret, **options)

@@ -190,9 +190,13 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
     """Return blocks to try on a GPU: with one to four resident on a processor; splits fill all processors as before."""
-    del case
     found = [{"slots": 64, "stages": stages} for stages in (2, 3, 4, 6)] + [{"overlap": 0}]
-    return found + [{"slots": 128, "stages": stages} for stages in (2, 3)]
+    found += [{"slots": 128, "stages": stages} for stages in (2, 3)]
+    if "k_scale" in case.shapes:  # 64 slots are widened first, more are multiplied as they are
+        found += [{"slots": 128, "stages": 4}, {"slots": 128, "stages": 6}, {"slots": 256, "stages": 2}]
+    if case.shapes["k"].shape[0] == 1:  # fewer parts to be merged
+        found += [{"splits": 16}, {"splits": 16, "stages": 6}]
+    return found
 
 
 def gpu_class(q: Any, k: Any, *_: Any, **__: Any) -> dict[str, int | str]:

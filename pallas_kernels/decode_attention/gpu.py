@@ -31,7 +31,8 @@ def decode_attention(
 ):
     """Return what the contract of this folder says.
 
-    `blocks`: slots a copy, a multiple of 64, stages in flight, splits of a row; by default what fills the GPU.
+    `blocks`: slots a copy, a multiple of 64, stages in flight, splits of a row; by default what fills the GPU. Codes
+    with few queries are multiplied as they are where slots are a multiple of 128.
 
     Raises:
         NotImplementedError: dtypes or sizes that the kernel does not take.

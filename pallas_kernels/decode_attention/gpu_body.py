@@ -18,6 +18,7 @@ from pallas_kernels import compat
 from pallas_kernels.decode_attention.gpu_codes import widen
 from pallas_kernels.decode_attention.gpu_masks import BY_COLUMN, BY_SLOT, MATRIX, Mask, Range, wide
 from pallas_kernels.decode_attention.gpu_plan import Plan
+from pallas_kernels.decode_attention.gpu_stream import Stream
 
 LOG2E = math.log2(math.e)
 NOTHING = -1e30  # the score of a slot that is not seen
@@ -41,34 +42,22 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     at = Range(plan, refs, b)
     begin, end = at.share(split)
 
-    def place(item: Any) -> Any:
-        return source.find(refs, b, head, at.base_of(item), at.end)
-
-    def load(item: Any, where: Any, name: str) -> None:
-        source.copies(refs, memory, name, where, jax.lax.rem(item - begin, plan.stages))
-
-    for ahead in range(plan.stages):
-
-        @pl.when(begin + ahead < end)
-        def _(ahead=ahead):
-            where = place(begin + ahead)
-            load(begin + ahead, where, "k")
-            load(begin + ahead, where, "v")
-
+    stream = Stream(plan, source, refs, memory, at, b, head, begin, end)
+    stream.fill()
     plgpu.barrier_wait(memory["q_barrier"])
     mask = Mask(plan, refs, at, b, first_column)
 
     def step(item: Any, carry: Any) -> Any:
         acc, peak, total = carry
-        stage, base = jax.lax.rem(item - begin, plan.stages), at.base_of(item)
+        stage, base = stream.stage(item), at.base_of(item)
         whole = at.whole(base)
         later = item + plan.stages
-        more, where = later < end, place(later)  # looked up early: it is not waited for
+        more, where = later < end, stream.place(later)  # looked up early: it is not waited for
         scores = _scores(plan, memory, stage)
 
         @pl.when(more)
         def _():
-            load(later, where, "k")
+            stream.load(later, where, "k")
 
         scores = jax.lax.cond(whole, lambda x: x, lambda x: jnp.where(mask.seen(base), x, NOTHING), scores)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=0))
@@ -81,7 +70,7 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
 
         @pl.when(more)
         def _():
-            load(later, where, "v")
+            stream.load(later, where, "v")
 
         return acc, new_peak, total
 

@@ -51,6 +51,10 @@ class Range:
         begin = jnp.minimum(split * each, self._items)
         return begin, jnp.minimum(begin + each, self._items)
 
+    def alive(self) -> tuple[Any, Any]:
+        """Return the first slot that holds something, and how many from there on do."""
+        return self.start, jnp.maximum(self.length - self.start, 0)
+
     def base_of(self, item: Any) -> Any:
         """Return the first slot of an item."""
         if self._plan.window is None or not self._plan.sinks:

@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+SCALES = ("k_scale", "v_scale")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -33,6 +35,7 @@ class Plan:
     overlap: bool  # with the kernels before and after: begins before the one before has ended, and waits for that
     has_start: bool
     has_position: bool
+    plain: bool  # no instructions of the hardware's own: what the interpreter knows
 
     @property
     def width(self) -> int:
@@ -50,14 +53,29 @@ class Plan:
         return self.tiles == 1 and self.width == self.H
 
     @property
+    def by_warps(self) -> bool:
+        """Whether codes are multiplied by each warp for itself: see `gpu_warp`."""
+        return by_warps(self.scales, self.columns, self.H) and self.slots % 128 == 0 and not self.plain
+
+    @property
     def quantized(self) -> bool:
         """Whether the cache has scales."""
         return self.scales is not None
 
 
+def by_warps(scales: Any, columns: int, H: int) -> bool:
+    """Return whether a cache of such scales, or None, is one that warps could attend to each for itself."""
+    return scales is not None and columns == 8 and H % 64 == 0
+
+
 def scratch(plan: Plan, copies: int) -> dict[str, Any]:
     """Return the shared memory and the barriers; a block of keys, or values, comes in `copies` copies."""
     stage = (plan.stages, plan.slots, plan.width)
+    barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
+    barriers = {"k_barrier": barriers, "v_barrier": barriers}
+    scales = {name: plgpu.SMEM((plan.stages, plan.slots), plan.scales) for name in SCALES if plan.quantized}
+    if plan.by_warps:
+        return {name: _tiled(stage, plan.stored, swizzle(plan.H, plan.stored)) for name in "kv"} | scales | barriers
     queries, keys = swizzle(plan.H, plan.dtype), swizzle(plan.H, plan.stored)
     beside = 128 if plan.quantized else keys  # both operands of a product are laid out alike
     found = {
@@ -70,9 +88,8 @@ def scratch(plan: Plan, copies: int) -> dict[str, Any]:
     }
     if plan.quantized:
         found["wide"] = _tiled((plan.slots, plan.width), plan.dtype, beside)
-        found |= {name: plgpu.SMEM((plan.stages, plan.slots), plan.scales) for name in ("k_scale", "v_scale")}
-    barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
-    return found | {"k_barrier": barriers, "v_barrier": barriers}
+        found |= scales
+    return found | barriers
 
 
 def swizzle(H: int, dtype: Any) -> int:

@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compat, gpus, tuning
 from pallas_kernels.calls import Known
-from pallas_kernels.decode_attention.gpu_body import body
+from pallas_kernels.decode_attention import gpu_body, gpu_warp_body
 from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
-from pallas_kernels.decode_attention.gpu_plan import Plan, scratch, swizzle
+from pallas_kernels.decode_attention.gpu_plan import Plan, by_warps, scratch, swizzle
 from pallas_kernels.decode_attention.tpu import numbers
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
@@ -56,7 +56,8 @@ def attend_rows(
     columns = min(-(-rows // 8) * 8, MOST_COLUMNS[width])
     grid = B * K * -(-rows // columns)
     tuned = tuning.gpu_blocks(name, gpus.current().name, block_class(stored, B * K, rows, capacity, H))
-    chosen = blocks_for(grid, capacity, width, columns, stored, scales, tuned | (blocks or {}))
+    warps = by_warps(scales, columns, H) and not interpret
+    chosen = blocks_for(grid, capacity, width, columns, stored, scales, tuned | (blocks or {}), warps)
     slots = source.fit(chosen["slots"])
     plan = Plan(
         kv_heads=K, rows=rows, columns=columns, tokens=T, capacity=capacity, slots=slots, stages=chosen["stages"],
@@ -64,7 +65,7 @@ def attend_rows(
         out_dtype=jnp.dtype(jnp.float32 if chosen["splits"] > 1 else q.dtype), scale=scale, softcap=softcap,
         window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
         with_lse=return_lse or chosen["splits"] > 1, overlap=bool(chosen["overlap"]) and not interpret,
-        has_start=start is not None, has_position=position is not None,
+        has_start=start is not None, has_position=position is not None, plain=bool(interpret),
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
     if rows > 8 and rows % 8:  # a copy fills in what is past an axis' end only where that is the end of a tile of 8
@@ -107,19 +108,31 @@ def block_class(stored: Any, heads: int, rows: int, capacity: int, H: int) -> di
 
 
 def blocks_for(
-    grid: int, capacity: int, width: int, columns: int, stored: Any, scales: Any, given: dict[str, int]
+    grid: int,
+    capacity: int,
+    width: int,
+    columns: int,
+    stored: Any,
+    scales: Any,
+    given: dict[str, int],
+    warps: bool = False,
 ) -> dict[str, int]:
     """Return the blocks: those given, by default two resident on a processor or one, and splits that fill all once.
 
-    `grid` is the number of blocks of the grid that a split takes.
+    `grid` is the number of blocks of the grid that a split takes; of those whose warps attend each for itself, `warps`,
+    two or three are resident.
     """
     gpu = gpus.current()
-    slots = given.get("slots", 64)
+    slots = given.get("slots", 128 if warps else 64)
     stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
     fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED
-    two = (gpu.shared // 2 - fixed) // stage
-    stages = given.get("stages", min(4, two if two >= 2 else (gpu.shared - fixed) // stage))
-    resident = max(1, min(4, gpu.shared // (fixed + stages * stage)))
+    wanted, most = 2, 4
+    if warps and slots % 128 == 0:
+        fixed = RESERVED // 3
+        wanted = most = 3 if stored == jnp.int8 and width <= 128 else 2  # as registers allow
+    shared = (gpu.shared // wanted - fixed) // stage
+    stages = given.get("stages", min(4, shared if shared >= 2 else (gpu.shared - fixed) // stage))
+    resident = max(1, min(most, gpu.shared // (fixed + stages * stage)))
     splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots)), MOST_SPLITS))
     return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1} | given
 
@@ -136,6 +149,7 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         given, rest = refs[: len(names)], refs[len(names) :]
         found, held = rest[: len(shapes)], rest[len(shapes) :]
         refs = dict(zip(names, given, strict=True)) | dict(zip(shapes, found, strict=True))
+        body = gpu_warp_body.body if plan.by_warps else gpu_body.body
         body(plan, source, refs, dict(zip(memory, held, strict=True)))
 
     call = compat.gpu_kernel(
@@ -146,6 +160,7 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         grid_names=("rows", "splits"),
         scratch_types=list(memory.values()),
         interpret=interpret,
+        auto_barriers=not plan.by_warps,
     )
     return dict(zip(shapes, call(*inputs.values()), strict=True))
 

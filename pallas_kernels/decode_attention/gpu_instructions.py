@@ -1,0 +1,223 @@
+"""The instructions of one GPU thread that attention of integers is made of, beside those of the quantized product.
+
+A module of functions, as `gpu_words` is, so that a test can run what is written in them on NumPy arrays.
+"""
+
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.quantized_matmul.gpu_words import (
+    add,
+    both,
+    carried,
+    differ,
+    either,
+    fma,
+    less,
+    number,
+    onward,
+    picked,
+    plus,
+    pointer,
+    quotient,
+    read,
+    real,
+    remainder,
+    right,
+    thread,
+    times,
+    two_words,
+    uncarried,
+    width,
+)  # fmt: skip
+from pallas_kernels.quantized_matmul.gpu_words import product as multiplied
+
+__all__ = [
+    "add", "both", "carried", "differ", "either", "fma", "less", "multiplied", "number", "onward", "picked", "plus",
+    "pointer", "quotient", "read", "real", "remainder", "right", "thread", "times", "two_words", "uncarried", "width",
+]  # fmt: skip
+
+
+def four_words(address: Any) -> list[Any]:
+    """Return the four words at an address of whole 16 bytes."""
+    four = llvm.load(ir.VectorType.get((4,), _i32()), address, alignment=16)
+    return [llvm.extractelement(four, number(i)) for i in range(4)]
+
+
+def keep_words(address: Any, words: list[Any]) -> None:
+    """Write two or four words to an address of whole 8 or 16 bytes."""
+    kind = ir.VectorType.get((len(words),), _i32())
+    vector = llvm.mlir_undef(kind)
+    for i, word in enumerate(words):
+        vector = llvm.insertelement(vector, word, number(i))
+    llvm.store(vector, address, alignment=4 * len(words))
+
+
+def write_words(address: Any, words: list[Any], wanted: Any) -> None:
+    """Write one, two or four words to global memory where `wanted`."""
+    count = len(words)
+    names = ", ".join(f"${i}" for i in range(2, count + 2))
+    kind = "b32" if count == 1 else f"v{count}.b32"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.{kind} [$0], {{{names}}}; }}"
+    constraints = ",".join(["l", "r", *["r"] * count, "~{memory}"])
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"), [address, wanted, *words], text, constraints, asm_dialect=0, has_side_effects=True
+    )
+
+
+def integer_product(sums: list[Any] | None, left: list[Any], right: list[Any]) -> list[Any]:
+    """Return sums [16, 8], or zeros, plus left [16, 32] times right [32, 8], signed bytes: mma.m16n8k32."""
+    i32 = _i32()
+    found = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * 4),
+        [*left, *right, *(sums or [number(0)] * 4)],
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        asm_dialect=0,
+        has_side_effects=True,  # all threads of the warp take part: nothing may move it into a branch
+    )
+    return [llvm.extractvalue(i32, found, [i]) for i in range(4)]
+
+
+def halves_of(codes: Any) -> tuple[Any, Any]:
+    """Return four float8_e4m3fn numbers as float16: two words of two."""
+    i32 = _i32()
+    text = (
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }"
+    )
+    found = _asm(llvm.StructType.get_literal([i32] * 2), text, "=r,=r,r", codes)
+    return llvm.extractvalue(i32, found, [0]), llvm.extractvalue(i32, found, [1])
+
+
+def as_float(word: Any) -> Any:
+    """Return the float that has the bits of a word."""
+    return arith.bitcast(ir.F32Type.get(), word)
+
+
+def as_word(value: Any) -> Any:
+    """Return the bits of a float."""
+    return arith.bitcast(_i32(), value)
+
+
+def to_float(word: Any) -> Any:
+    """Return a signed number as a float."""
+    return arith.sitofp(ir.F32Type.get(), word)
+
+
+def pair_of(low: Any, high: Any) -> Any:
+    """Return two floats as bfloat16, in a word."""
+    return _asm(_i32(), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
+
+
+def half_pair_of(low: Any, high: Any) -> Any:
+    """Return two floats as float16, in a word."""
+    return _asm(_i32(), "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
+
+
+def product(a: Any, b: Any) -> Any:
+    """Return a * b of floats."""
+    return arith.mulf(a, b)
+
+
+def minus(a: Any, b: Any) -> Any:
+    """Return a - b of floats."""
+    return arith.subf(a, b)
+
+
+def higher(a: Any, b: Any) -> Any:
+    """Return the greater of two floats, of NaN and another the other."""
+    return _asm(ir.F32Type.get(), "max.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+
+def magnitude(a: Any) -> Any:
+    """Return |a| of a float."""
+    return as_float(both(as_word(a), 0x7FFFFFFF))
+
+
+def exp2(a: Any) -> Any:
+    """Return 2 ** a."""
+    return _asm(ir.F32Type.get(), "ex2.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+
+def log2(a: Any) -> Any:
+    """Return the logarithm of a to base 2."""
+    return _asm(ir.F32Type.get(), "lg2.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+
+def inverse(a: Any) -> Any:
+    """Return 1 / a."""
+    return _asm(ir.F32Type.get(), "rcp.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+
+def above(a: Any, b: float) -> Any:
+    """Return whether a > b, of floats: a flag for `select`."""
+    return arith.cmpf(arith.CmpFPredicate.OGT, a, real(b))
+
+
+def take(a: Any, b: Any) -> Any:
+    """Return a - b of words."""
+    return arith.subi(a, b)
+
+
+def lesser(a: Any, b: Any) -> Any:
+    """Return the lesser of two signed words."""
+    return arith.minsi(a, b)
+
+
+def greater(a: Any, b: Any) -> Any:
+    """Return the greater of two signed words."""
+    return arith.maxsi(a, b)
+
+
+def below(a: Any, b: Any) -> Any:
+    """Return whether a < b, as unsigned words: a flag for `select`."""
+    return arith.cmpi(arith.CmpIPredicate.ult, a, b)
+
+
+def any_of(a: Any, b: Any) -> Any:
+    """Return whether one of two flags is set."""
+    return arith.ori(a, b)
+
+
+def all_of(a: Any, b: Any) -> Any:
+    """Return whether both of two flags are set."""
+    return arith.andi(a, b)
+
+
+def shifted(a: Any, by: Any) -> Any:
+    """Return a word shifted right by another, of 0..31."""
+    return arith.shrui(a, by)
+
+
+def select(flag: Any, a: Any, b: Any) -> Any:
+    """Return a where the flag is set, else b."""
+    return arith.select(flag, a, b)
+
+
+def neighbour(a: Any, distance: int) -> Any:
+    """Return the float of the thread whose number differs in the bits of `distance`."""
+    text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+    return llvm.inline_asm(ir.F32Type.get(), [a], text, "=f,f", asm_dialect=0, has_side_effects=True)
+
+
+def highest(a: Any) -> Any:
+    """Return the greatest of a warp's unsigned words."""
+    text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
+    return llvm.inline_asm(_i32(), [a], text, "=r,r", asm_dialect=0, has_side_effects=True)
+
+
+def meet() -> None:
+    """Wait for all threads of the block."""
+    mgpu.warpgroup_barrier()
+
+
+def _i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _asm(kind: Any, text: str, constraints: str, *inputs: Any) -> Any:
+    return llvm.inline_asm(kind, list(inputs), text, constraints, asm_dialect=0, has_side_effects=False)

@@ -1,0 +1,68 @@
+"""What the four warps of a block found in their slots, made one, and written: see `gpu_warp`."""
+
+from typing import Any
+
+from pallas_kernels.decode_attention import gpu_instructions as words
+from pallas_kernels.decode_attention.gpu_lanes import Lane, Tile
+from pallas_kernels.decode_attention.gpu_warp import LEAST, LOG2E
+
+WARPS = 4
+
+
+def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any, letters: str, lse: Any) -> None:
+    """Write the output `[rows, H]`, and what `lse` refers to `[8]` unless it is None.
+
+    `shared` and `peaks` are shared memory that nothing is copied to any more, `512 H` and 256 bytes of it.
+    """
+    lane = Lane()
+    *acc, peak, total = sums
+    for distance in (1, 2):
+        total = words.plus(total, words.neighbour(total, distance))
+    base = words.pointer(peaks)
+    words.meet()  # what shared memory held has been read
+    at = words.add(words.times(lane.warp, 64), words.times(lane.row, 8))
+    words.keep_words(words.onward(base, at), [words.as_word(peak), words.as_word(total)])
+    words.meet()
+    held = [words.two_words(words.onward(base, words.add(words.times(lane.row, 8), 64 * w))) for w in range(WARPS)]
+    held = [(words.as_float(a), words.as_float(b)) for a, b in held]
+    top, whole = words.real(LEAST), words.real(0.0)
+    for value, _ in held:
+        top = words.higher(top, value)
+    for value, part in held:
+        whole = words.fma(part, words.exp2(words.minus(value, top)), whole)
+    share = words.product(words.exp2(words.minus(peak, top)), words.inverse(whole))
+    share = words.select(words.above(whole, 0.0), share, words.real(0.0))
+    chunks = len(acc) // 4
+    own = words.onward(words.pointer(shared), words.times(lane.index, 16))
+    mine = words.onward(own, words.times(lane.warp, chunks * 512))
+    for i in range(chunks):
+        part = [words.as_word(words.product(value, share)) for value in acc[4 * i : 4 * i + 4]]
+        words.keep_words(words.onward(mine, 512 * i), part)
+    words.meet()
+    each = chunks // WARPS
+    size = words.width(out)
+    to = words.onward(words.pointer(out), words.times(lane.row, tile.line * tile.lines * size))
+    wanted = words.less(lane.row, tile.rows)
+    for i in range(each):
+        chunk = words.add(words.times(lane.warp, each), i)
+        address = words.onward(own, words.times(chunk, 512))
+        found = [words.as_float(word) for word in words.four_words(address)]
+        for w in range(1, WARPS):
+            other = words.four_words(words.onward(address, w * chunks * 512))
+            found = [words.plus(a, words.as_float(b)) for a, b in zip(found, other, strict=True)]
+        line, piece = words.quotient(chunk, tile.line // 16), words.remainder(chunk, tile.line // 16)
+        column = words.add(words.times(line, tile.line), words.times(lane.quarter, tile.line // 4))
+        column = words.add(column, words.times(piece, 4))
+        words.write_words(words.onward(to, words.times(column, size)), _written(found, letters), wanted)
+    if lse is not None:
+        value = words.product(words.plus(top, words.log2(whole)), words.real(1 / LOG2E))
+        first = words.less(words.add(words.times(lane.warp, WARPS), lane.quarter), 1)
+        words.write_words(words.onward(words.pointer(lse), words.times(lane.row, 4)), [words.as_word(value)], first)
+
+
+def _written(found: list[Any], letters: str) -> list[Any]:
+    """Return four floats as words of what the output holds: "f32", "bf16" or "f16"."""
+    if letters == "f32":
+        return [words.as_word(value) for value in found]
+    pair = words.pair_of if letters == "bf16" else words.half_pair_of
+    return [pair(*found[:2]), pair(*found[2:])]
