@@ -27,9 +27,9 @@ from pallas_kernels.quantized_matmul.gpu_words import (
     real,
     remainder,
     right,
+    several,
     thread,
     times,
-    two_words,
     uncarried,
     width,
 )  # fmt: skip
@@ -37,14 +37,8 @@ from pallas_kernels.quantized_matmul.gpu_words import product as multiplied
 
 __all__ = [
     "add", "both", "carried", "differ", "either", "fma", "less", "multiplied", "number", "onward", "picked", "plus",
-    "pointer", "quotient", "read", "real", "remainder", "right", "thread", "times", "two_words", "uncarried", "width",
+    "pointer", "quotient", "read", "real", "remainder", "right", "several", "thread", "times", "uncarried", "width",
 ]  # fmt: skip
-
-
-def four_words(address: Any) -> list[Any]:
-    """Return the four words at an address of whole 16 bytes."""
-    four = llvm.load(ir.VectorType.get((4,), _i32()), address, alignment=16)
-    return [llvm.extractelement(four, number(i)) for i in range(4)]
 
 
 def keep_words(address: Any, words: list[Any]) -> None:

@@ -67,7 +67,7 @@ def over_four(combine: Any, value: Any) -> Any:
 def two_scales(address: Any, size: int) -> tuple[Any, Any]:
     """Return the two scales at an address."""
     if size == 4:
-        low, high = words.two_words(address)
+        low, high = words.several(address, 2)
         return words.as_float(low), words.as_float(high)
     pair = words.as_word(words.read(address, 4))
     return words.as_float(words.right(pair, -16)), words.as_float(words.both(pair, 0xFFFF0000))

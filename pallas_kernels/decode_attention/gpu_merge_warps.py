@@ -23,7 +23,7 @@ def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any, lette
     at = words.add(words.times(lane.warp, 64), words.times(lane.row, 8))
     words.keep_words(words.onward(base, at), [words.as_word(peak), words.as_word(total)])
     words.meet()
-    held = [words.two_words(words.onward(base, words.add(words.times(lane.row, 8), 64 * w))) for w in range(WARPS)]
+    held = [words.several(words.onward(base, words.add(words.times(lane.row, 8), 64 * w)), 2) for w in range(WARPS)]
     held = [(words.as_float(a), words.as_float(b)) for a, b in held]
     top, whole = words.real(LEAST), words.real(0.0)
     for value, _ in held:
@@ -46,9 +46,9 @@ def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any, lette
     for i in range(each):
         chunk = words.add(words.times(lane.warp, each), i)
         address = words.onward(own, words.times(chunk, 512))
-        found = [words.as_float(word) for word in words.four_words(address)]
+        found = [words.as_float(word) for word in words.several(address, 4)]
         for w in range(1, WARPS):
-            other = words.four_words(words.onward(address, w * chunks * 512))
+            other = words.several(words.onward(address, w * chunks * 512), 4)
             found = [words.plus(a, words.as_float(b)) for a, b in zip(found, other, strict=True)]
         line, piece = words.quotient(chunk, tile.line // 16), words.remainder(chunk, tile.line // 16)
         column = words.add(words.times(line, tile.line), words.times(lane.quarter, tile.line // 4))

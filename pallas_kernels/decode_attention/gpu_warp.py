@@ -35,7 +35,7 @@ def prepare(tile: Tile, q: Any, tree: Any, start: Any, length: Any, position: An
     values = []
     for line in range(tile.lines):
         for at in range(0, tile.line // 2, 16):
-            for word in words.four_words(words.onward(base, 2 * tile.line * line + at)):
+            for word in words.several(words.onward(base, 2 * tile.line * line + at), 4):
                 values += [words.as_float(words.right(word, -16)), words.as_float(words.both(word, 0xFFFF0000))]
     peak = words.real(0.0)
     for value in values:
@@ -77,7 +77,7 @@ def scores(tile: Tile, fixed: list[Any], keys: Any, scales: Any, base: Any, star
         held = []
         for line in range(tile.lines):
             for address in at:
-                held += words.four_words(words.onward(address, (eight * tile.lines + line) * 8 * tile.line))
+                held += words.several(words.onward(address, (eight * tile.lines + line) * 8 * tile.line), 4)
         products = tile.operands.scores(fixed[: tile.queries], held)
         steps = two_scales(words.onward(first_scales, eight * 8 * words.width(scales)), words.width(scales))
         for c in (0, 1):
@@ -163,10 +163,9 @@ def mix(tile: Tile, sums: list[Any], found: list[Any], values: Any, scales: Any,
 def _columns(tile: Tile, left: list[Any], at: list[Any], line: int, live: list[Any] | None) -> Any:
     """Yield for each byte of a thread's piece of a line the sums of its two columns."""
     count = tile.line // 32
-    read = words.four_words if count == 4 else words.two_words
     held = []  # of each slot of the thread its words
     for eight in range(tile.slots // 8):
-        held += [list(read(words.onward(at[c], (eight * tile.lines + line) * 8 * tile.line))) for c in (0, 1)]
+        held += [words.several(words.onward(at[c], (eight * tile.lines + line) * 8 * tile.line), count) for c in (0, 1)]
     if live is not None:
         zero = words.number(0)
         held = [[words.select(flag, x, zero) for x in slot] for slot, flag in zip(held, live, strict=True)]
