@@ -58,6 +58,19 @@ def traced_for(device: jax.Device) -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=kind))
 
 
+def kernel_times(run: Any) -> list[tuple[str, float]]:
+    """Return the name and the milliseconds of every kernel that `run()` has a GPU run, by CUPTI."""
+    from jax._src.lib import mosaic_gpu
+
+    extension = mosaic_gpu._mosaic_gpu_ext
+    extension._cupti_init()
+    try:
+        jax.block_until_ready(run())
+    finally:
+        found = extension._cupti_get_timings(True)
+    return list(found)
+
+
 def load(ref: Any, layout: Any, optimized: bool = False) -> Any:
     """Return what a ref of a GPU kernel holds, in a layout of registers; `optimized` raises where banks conflict."""
     if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty:

@@ -162,11 +162,22 @@ def test_the_fastest_blocks_make_a_table_that_near_shapes_take(tmp_path, monkeyp
     assert tuning.gpu_blocks("decode_attention", "h100", far) == tuning.gpu_blocks("no_kernel", "h100", near) == {}
     q, cache = struct(4, 1, 32, 128), struct(4, 8, 8192, 128)
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_rows, "blocks_for", lambda *_, given=None, **__: pytest.fail(str(_[-1])))
+        patch.setattr(gpu_rows, "blocks_for", lambda *_, given=None, **__: pytest.fail(str(_)))
         with pytest.raises(pytest.fail.Exception, match="'slots': 128, 'stages': 2, 'splits': 5"), gpus.assume("h100"):
             attend = functools.partial(kernel("decode_attention").gpu, scale=1.0, blocks={"splits": 5})
             jax.eval_shape(attend, q, cache, cache, struct(4, dtype=jnp.int32))
     tuning.table.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["decode_attention", "quantized_matmul"])
+def test_the_tables_of_blocks_are_of_the_cases_and_lower(name):
+    found = kernel(name)
+    for entry in tuning.table(f"{name}_gpu"):
+        (case,) = (c for c in found.gpu_timed if c.name == entry["case"])
+        assert found.gpu_class(**case.shapes, **case.options) == entry["class"]
+        assert tuning.gpu_blocks(name, entry["chip"], entry["class"]) == entry["blocks"]
+        inputs = jax.tree.map(lambda x: struct(*x.shape, dtype=x.dtype), dict(case.shapes))
+        assert CALL in lowered(lambda x, options=case.options: found.gpu(**x, **options), inputs)
 
 
 def test_without_a_gpu_the_command_says_so(capsys):

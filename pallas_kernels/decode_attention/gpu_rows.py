@@ -11,7 +11,6 @@ from pallas_kernels.calls import Known
 from pallas_kernels.decode_attention import gpu_body, gpu_warp_body
 from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
 from pallas_kernels.decode_attention.gpu_plan import Plan, by_warps, scratch, swizzle
-from pallas_kernels.decode_attention.tpu import numbers
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
@@ -104,7 +103,8 @@ def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
 
 def block_class(stored: Any, heads: int, rows: int, capacity: int, H: int) -> dict[str, int | str]:
     """Return the key of the table of blocks: `heads` are the key heads of all rows, `rows` the queries of one."""
-    return {**numbers(jax.ShapeDtypeStruct((), stored)), "heads": heads, "rows": rows, "S": capacity, "H": H}
+    form = f"{jnp.dtype(stored).name}_h{H}_{'few' if rows <= 8 else 'many'}"
+    return {"form": form, "heads": heads, "rows": rows, "S": capacity}
 
 
 def blocks_for(

@@ -8,6 +8,7 @@ import numpy as np
 
 from pallas_kernels.case import Case, Kernel, Peer
 from pallas_kernels.quantized_matmul import gpu, reference, tpu
+from pallas_kernels.quantized_matmul.gpu_plan import block_class
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, codes, dequantize
 from pallas_kernels.quantized_matmul.tpu import shape_class
 
@@ -211,6 +212,6 @@ def _bf16_bytes(case: Case) -> float:
 
 KERNEL = Kernel(
     "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
-    {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates, gpu_class=shape_class,
+    {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates, gpu_class=block_class,
     gpu_peers={"xla": _xla, "bf16": Peer(_widened, _float_product)}, gpu_timed=GPU_TIMED,
 )  # fmt: skip

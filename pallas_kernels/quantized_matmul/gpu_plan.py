@@ -10,7 +10,6 @@ from pallas_kernels import calls, gpus, tuning
 from pallas_kernels.quantized_matmul import gpu_sums
 from pallas_kernels.quantized_matmul.gpu_tile import BANKS, CHUNK, LINE, Tile
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
-from pallas_kernels.quantized_matmul.tpu import shape_class
 
 LETTERS = {"bfloat16": "bf16", "float16": "f16"}
 MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
@@ -56,9 +55,8 @@ def plan_for(
     M, I = x.shape
     O, held = values.shape
     planes = 2 if qtype in FOUR_BIT else 1
-    tuned = tuning.gpu_blocks(
-        "quantized_matmul", gpu.name, shape_class(x, values, scale, qtype=qtype, activations=activations)
-    )
+    shape = block_class(x, values, scale, qtype=qtype, activations=activations)
+    tuned = tuning.gpu_blocks("quantized_matmul", gpu.name, shape)
     tuned = {"resident": 1} | tuned if tuned else {}  # it is known how many blocks do best: they only have to fit
     chosen = default_blocks(M, O, held, gpu) | {"cluster": 0} | tuned | (blocks or {})
     lines, deep = chosen["lines"], chosen["deep"]
@@ -86,6 +84,16 @@ def plan_for(
     if (need := shared_bytes(plan)) > gpu.shared:
         raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, {gpu.name} has {gpu.shared} a block")
     return plan
+
+
+def block_class(
+    x: Any, values: Any, scale: Any, *, qtype: str, activations: str | None = None, **_: Any
+) -> dict[str, int | str]:
+    """Return the key of the table of blocks: the form and about how many rows, inputs a group, inputs and outputs."""
+    M, I = x.shape
+    rows = next(most for most in (1, 8, 16, MOST_ROWS) if most >= M)
+    form = f"{qtype}_{activations or jnp.dtype(x.dtype).name}_m{rows}"
+    return {"form": form, "group": I // scale.shape[0], "I": I, "O": values.shape[0]}
 
 
 def _rows(M: int, inputs: int) -> int:

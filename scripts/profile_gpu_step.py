@@ -1,0 +1,119 @@
+"""Where the time of a decode step goes on a GPU: every kernel's, and how much of the time the device is busy.
+
+    python scripts/profile_gpu_step.py --model llama3-8b --context 1024 "" int8 int4:group=128 int8+kv_int8
+
+Variants are passes joined by +, "" the model alone; weights are random. Prints a JSON line a variant: the milliseconds
+of a step (median of loops of --steps, each one dispatch), its share of the copy bandwidth by the bytes of weights and
+cache that it must read, the milliseconds that kernels run in it and how many there are, both by CUPTI in a loop of its
+own, and the longest of them. The cache is empty and said to hold --context tokens: what it holds does not change the
+time.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import passes
+from jaxinfer.decode import loop
+from jaxinfer.decode.sampling import Sampling
+from jaxinfer.eval import bench, roofline, size
+from jaxinfer.passes.layout import apply_layouts
+from jaxinfer.plan.shapes import find_shape
+from jaxinfer.program import Program
+from pallas_kernels import compat
+
+_LOOPS = 3  # that are timed, after one that is not
+_LONGEST = 12  # kernels that are listed
+
+
+def state_of(program: Program, batch: int, context: int, steps: int) -> Any:
+    """Return the state of a decode loop over a cache that is said to hold `context` tokens a row."""
+    cache = loop.empty_cache(program.model, batch, loop.slots_for(context + steps + 1))
+    cache = type(cache)(length=jnp.full((batch,), context, jnp.int32), layers=cache.layers)
+    limit, seeds = np.full(batch, steps + 1), np.arange(batch)
+    logits = jnp.zeros((batch, program.config.vocab_size), jnp.float32)
+    state = loop.start(
+        program.decoder, cache, logits, limit=limit, stop_ids=(), sampling=Sampling(), seeds=seeds, seen=None
+    )
+    return jax.block_until_ready(state)
+
+
+def profile(program: Program, batch: int, context: int, steps: int, bandwidth: float) -> dict[str, Any]:
+    """Return the line of a program."""
+    every = np.int32(1 << 30)
+
+    def state() -> Any:
+        return state_of(program, batch, context, steps)
+
+    run = loop.advance.lower(program.decoder, program.model, state(), every).compile()
+    times = []
+    for _ in range(_LOOPS + 1):
+        ready = state()
+        begin = time.perf_counter()
+        jax.block_until_ready(run(program.decoder, program.model, ready, every))
+        times.append((time.perf_counter() - begin) / steps)
+    step = statistics.median(times[1:])
+    read = roofline.decode_bytes(program, size.cache_cost(program), context + steps / 2, batch)
+    ready = state()
+    kernels = compat.kernel_times(lambda: run(program.decoder, program.model, ready, every))
+    summed: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for name, milliseconds in kernels:
+        summed[name.split("(")[0][:70]][0] += 1
+        summed[name.split("(")[0][:70]][1] += milliseconds
+    longest = sorted(summed.items(), key=lambda item: -item[1][1])[:_LONGEST]
+    return {
+        "step_ms": 1e3 * step,
+        "bandwidth_share": read / step / bandwidth,
+        "busy_ms": sum(total for _, total in summed.values()) / steps,
+        "kernels": len(kernels) / steps,
+        "longest": {name: {"us": 1e3 * total / steps, "calls": count / steps} for name, (count, total) in longest},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", default=[""])
+    parser.add_argument("--model", default="llama3-8b")
+    parser.add_argument("--layers", type=int, default=None, help="only so many of the model's")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args(argv)
+    if jax.default_backend() != "gpu":
+        parser.error(f"needs a GPU, and JAX has {jax.default_backend()!r}")
+    config, _ = find_shape(args.model)
+    most = max(config.max_context, args.context + args.steps + 1)
+    config = dataclasses.replace(config, num_layers=args.layers or config.num_layers, max_context=most)
+    base = bench.random_program(config, "bfloat16")
+    for i, layer in enumerate(base.model.layers):
+        base.model.layers[i] = apply_layouts(layer, ("fused", "long_last"))
+    limits = bench.limits("bfloat16")
+    device = jax.devices()[0].device_kind
+    about = {"model": args.model, "layers": config.num_layers, "batch": args.batch, "context": args.context}
+    about |= {"device": device, "versions": {"jax": jax.__version__}, "limits": dataclasses.asdict(limits)}
+    for variant in args.variants:
+        program = passes.apply(base, *(spec for spec in variant.split("+") if spec))
+        line = about | {"variant": variant or "baseline"}
+        line |= profile(program, args.batch, args.context, args.steps, limits.bandwidth)
+        print(json.dumps(line), flush=True)
+        if args.out is not None:
+            with args.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
