@@ -82,6 +82,20 @@ def profile(program: Program, batch: int, context: int, steps: int, bandwidth: f
     }
 
 
+def table(lines: list[dict[str, Any]]) -> str:
+    """Return lines of one run as a Markdown table, the first one's speed as the measure of the others'."""
+    rows = [
+        "| variant | step | weights and cache over the copy bandwidth | kernels busy | speed |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        name = line["variant"].replace("baseline", "bfloat16")
+        speed = lines[0]["step_ms"] / line["step_ms"]
+        share = f"{line['bandwidth_share']:.0%}"
+        rows.append(f"| {name} | {line['step_ms']:.2f} ms | {share} | {line['busy_ms']:.2f} ms | {speed:.2f}x |")
+    return "\n".join(rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,8 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="append the lines to this file too")
+    parser.add_argument("--table", type=Path, default=None, help="print the table of a file of lines")
     args = parser.parse_args(argv)
+    if args.table is not None:
+        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+        return
     if jax.default_backend() != "gpu":
         parser.error(f"needs a GPU, and JAX has {jax.default_backend()!r}")
     config, _ = find_shape(args.model)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command import TINY, caller
+from command import ROOT, TINY, caller
 
 from jaxinfer.cache.paged import Paged
 from jaxinfer.eval import bench
 from jaxinfer.eval.bench import Limits, Workload
-from jaxinfer.ops.attention import attention
+from jaxinfer.ops.attention import attention, visible
+from jaxinfer.ops.cudnn_attention import on_cudnn
 from jaxinfer.ops.einsum import einsum
 from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8
 from jaxinfer.ops.implementation import describe
@@ -23,7 +24,7 @@ from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets
 from pallas_kernels.case import Peer
 from pallas_kernels.decode_attention import gpu_rows
 from pallas_kernels.kernels import kernel
-from scripts import bench_kernels
+from scripts import bench_kernels, profile_gpu_step
 
 CALL = "mosaic_gpu_v2"
 
@@ -73,6 +74,34 @@ def test_attention_is_a_kernel_for_few_tokens_and_for_many(tokens, dtype, held):
     q, cache = struct(1, tokens, 8, 128, dtype=dtype), struct(1, 2, 512, 128, dtype=dtype)
     text = lowered(functools.partial(attention, scale=0.1), q, cache, cache, struct(1, tokens, dtype=jnp.int32))
     assert (CALL in text) == held
+
+
+def test_prompts_for_cudnn_are_masked_as_they_are_for_xla(monkeypatch):
+    """With XLA's own attention in cuDNN's place; what a slot holds that no query sees is never used."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((2, 12, 4, 16), (2, 2, 40, 16), (2, 2, 40, 16))
+    )
+    k, v = (x.at[:, :, 33:].set(jnp.nan) for x in (k, v))
+    positions = jnp.asarray([[*range(20, 32)], [*range(3, 10), *[-1] * 5]])
+    real, called = jax.nn.dot_product_attention, []
+
+    def instead(*args, implementation, **options):
+        called.append(implementation)
+        return real(*args, implementation="xla", **options)
+
+    for window in (None, 7):
+        options = dict(scale=0.3, window=window)
+        expected = attention(q, k, v, positions, implementation="xla", **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.nn, "dot_product_attention", instead)
+            patch.setattr(jax, "default_backend", lambda: "gpu")
+            patch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x))
+            found = on_cudnn(attention, visible, q, k, v, positions, **options)
+        there = np.asarray(positions >= 0)
+        error = np.abs(np.asarray(found - expected, np.float32))[there]
+        assert error.max() < 0.03 and np.isfinite(np.asarray(found, np.float32)).all()
+    assert called == ["cudnn", "cudnn"]
 
 
 def test_attention_over_pages_is_a_kernel():
@@ -180,10 +209,27 @@ def test_the_tables_of_blocks_are_of_the_cases_and_lower(name):
         assert CALL in lowered(lambda x, options=case.options: found.gpu(**x, **options), inputs)
 
 
+def test_the_tables_of_the_readme_are_those_of_the_results(capsys):
+    results, readme = ROOT / "benchmarks" / "results", (ROOT / "README.md").read_text()
+    for script, name in (
+        (bench_kernels, "kernels_h100"),
+        (bench_kernels, "kernels_h200"),
+        (profile_gpu_step, "step_h100"),
+    ):
+        script.main(["--table", str(results / f"{name}.jsonl")])
+        assert capsys.readouterr().out.strip() in readme
+    checks = [json.loads(line) for line in (results / "checks_h100.jsonl").read_text().splitlines()]
+    assert len(checks) == 92 and sum(x.get("ok", False) for x in checks) == 84
+    assert all(x.get("ok") or "unsupported" in x for x in checks)
+
+
 def test_without_a_gpu_the_command_says_so(capsys):
     with pytest.raises(SystemExit) as ended:
         bench_kernels.main(["--gpu"])
     assert ended.value.code == 2 and "--gpu: needs a GPU, and JAX has 'cpu'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        profile_gpu_step.main([])
+    assert ended.value.code == 2 and "needs a GPU, and JAX has 'cpu'" in capsys.readouterr().err
 
 
 def test_bench_times_variants_by_batch_and_context(tmp_path, capsys):
