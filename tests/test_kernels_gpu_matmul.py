@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from kernel_cases import case_of
 
-from pallas_kernels import gpus
+from pallas_kernels import gpus, tuning
 from pallas_kernels.kernels import kernel
 from pallas_kernels.quantized_matmul import gpu, gpu_codes, gpu_registers, gpu_sums, gpu_tile, reference
 from pallas_kernels.quantized_matmul.cases import gpu_candidates
@@ -241,6 +241,13 @@ SHARED = ["int8_rows", "int4_groups_32", "int4_outlier_bf16", "uint4_offset_whol
 def test_inputs_split_over_blocks(name, blocks, monkeypatch):
     _, case = case_of("quantized_matmul", name)
     _check(case.narrowed(), blocks, monkeypatch)
+
+
+@pytest.mark.parametrize("entry", tuning.table("quantized_matmul_gpu"), ids=lambda entry: entry["case"])
+def test_threads_of_the_tables_blocks(entry, monkeypatch):
+    name = "int4_groups_128" if entry["case"].startswith("w4") else "int8"
+    _, case = case_of("quantized_matmul", name)
+    _check(case.narrowed(), entry["blocks"], monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["int8_odd", "fp8_bits", "int4_groups_64", "uint4_offset", "w4a8_groups_64"])
