@@ -44,17 +44,18 @@ def prefill_attention(
 
     `blocks`: queries and slots a block, stages of the ring that the slots are copied into, and processors that share
     the blocks of queries, or 0: one for each. By default `default_blocks`.
-    Queries and slots of no whole tiles of 8 are padded first, which copies them.
+    Codes are made numbers of q's dtype first, and heads padded to 64, 128 or 256 and queries and slots to whole tiles
+    of 8: XLA copies what it changes, which takes little of a prompt's time.
 
     Raises:
-        NotImplementedError: numbers that are not all of 16 bits; codes; another head dim than 64, 128 or 256; ragged
-            rows with sinks or at positions, or with block lists; sparse blocks that are no whole blocks of the kernel.
+        NotImplementedError: numbers that are not all of 16 bits; heads of over 256; ragged rows with sinks or at
+            positions, or with block lists; sparse blocks that are no whole blocks of the kernel.
         ValueError: what does not belong together; blocks that need too much shared memory.
     """
-    B, T, N, H = q.shape
-    K, S = k.shape[1:3]
     check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
-    _check(q, k, v, starts, k_scale)
+    head = q.shape[3]
+    q, k, v = _prepared(q, k, v, k_scale, v_scale)
+    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     chosen = blocks or default_blocks(q)
     queries, slots, stages = chosen["queries"], chosen["slots"], chosen["stages"]
     if lists is not None and (sparse_block[0] % queries or sparse_block[1] % slots):
@@ -96,7 +97,7 @@ def prefill_attention(
         thread_name="group",
         interpret=interpret,
     )(*arrays.values())
-    out = found[0][:, :T]
+    out = found[0][:, :T, :, :head]
     return (out, found[1][:, :, :T].swapaxes(1, 2)) if return_lse else out
 
 
@@ -130,10 +131,21 @@ def _lows(plan: Plan, starts: Known, length: Known | None) -> tuple[Array, ...]:
     return scalar_math(math, starts, length)
 
 
-def _check(q, k, v, starts, k_scale):
+def _prepared(q: Array, k: Array, v: Array, k_scale: Array | None, v_scale: Array | None) -> tuple[Array, ...]:
+    """Return q, k and v as numbers of 16 bits, with heads that the kernel knows.
+
+    Raises:
+        NotImplementedError: they can't be.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"q of {q.dtype}: must be bfloat16 or float16")
     if k_scale is not None:
-        raise NotImplementedError("codes with scales: the GPU kernel takes a cache of numbers")
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
+        scaled = ((x.astype(jnp.float32) * s.astype(jnp.float32)[..., None]) for x, s in ((k, k_scale), (v, v_scale)))
+        k, v = (x.astype(q.dtype) for x in scaled)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
         raise NotImplementedError(f"{q.dtype}, {k.dtype} and {v.dtype}: q, k and v must be bfloat16, or all float16")
-    if q.shape[3] not in HEADS:
-        raise NotImplementedError(f"H={q.shape[3]}: must be one of {HEADS}")
+    H = q.shape[3]
+    if max(HEADS) < H:
+        raise NotImplementedError(f"H={H}: must be at most {max(HEADS)}")
+    short = next(n for n in HEADS if n >= H) - H
+    return tuple(jnp.pad(x, ((0, 0),) * 3 + ((0, short),)) if short else x for x in (q, k, v))
