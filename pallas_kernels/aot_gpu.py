@@ -2,10 +2,10 @@
 
     python -m pallas_kernels.aot_gpu [--kernels decode_attention,...] [--cases NAME,...] [--timed]
 
-prints one JSON line a case: its kernels, the most registers a thread, bytes spilled, and the shared memory; or the
-error. Needs jax's CUDA plugin of the version of jax, no driver: pip install jax-cuda13-plugin jax-cuda13-pjrt
-nvidia-cuda-nvcc nvidia-nvvm (with --no-deps --target FOLDER, and FOLDER on PYTHONPATH, to keep them apart). In a
-process of its own: the compiler reads its variables once.
+prints one JSON line a case: its kernels, the most registers a thread and the bytes spilled; or the error. Needs jax's
+CUDA plugin of the version of jax, no driver: pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+(with --no-deps --target FOLDER, and FOLDER on PYTHONPATH, to keep them apart). In a process of its own: the compiler
+reads its variables once.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels import compat
+from pallas_kernels.assumption import Assumption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ CHIPS = {
 }
 _KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 _KINDS |= {"TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x", "TPU v7": "tpu7x"}
+assume = Assumption("chip", CHIPS)
 
 
 def of_kind(device_kind: str) -> Chip:
@@ -52,8 +53,8 @@ def target() -> Chip | None:
 
     A program that is compiled ahead of time names its chip by a mesh of its devices or by `assume`.
     """
-    if compat.assumed_chip.value is not None:
-        return CHIPS[compat.assumed_chip.value]
+    if assume.value is not None:
+        return assume.value
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return of_kind(device.device_kind) if device.device_kind in _KINDS else None
@@ -63,20 +64,3 @@ def target() -> Chip | None:
 def current() -> Chip:
     """Return the chip that is being traced for; a v5e where it is none, as for an interpreter."""
     return target() or CHIPS["v5e"]
-
-
-class assume:
-    """Trace for a chip by name, whatever the devices are: `with assume("v6e"): jax.jit(f).lower(...)`."""
-
-    def __init__(self, name: str):
-        if name not in CHIPS:
-            raise ValueError(f"chip={name!r}: must be one of {', '.join(CHIPS)}")
-        self._name = name
-
-    def __enter__(self) -> Chip:
-        self._context = compat.assumed_chip(self._name)
-        self._context.__enter__()
-        return CHIPS[self._name]
-
-    def __exit__(self, *exc) -> None:
-        self._context.__exit__(*exc)

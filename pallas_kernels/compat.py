@@ -11,8 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 ANY = pltpu.HBM  # left where it is
 VMEM = pltpu.VMEM
 SMEM = pltpu.SMEM
-assumed_chip = jax.make_user_context(None)  # part of the key of every traced function
-assumed_gpu = jax.make_user_context(None)
 
 
 def dma_semaphores(*shape: int) -> Any:
@@ -92,22 +90,14 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0)) if jax.__version_info__ >= (0, 11) else plgpu.transpose_ref(ref, (1, 0))
 
 
-def gpu_load(ref: Any, layout: Any) -> Any:
-    """Return what is in a GPU's memory, in the registers of a layout."""
-    index = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
+def gpu_kernel(body: Any, *, name: str, interpret: Any = False, auto_barriers: bool = True, **options: Any) -> Any:
+    """Return a function of arrays that runs a Mosaic GPU kernel, which has the code of every thread and the fast exp.
 
-
-def gpu_params(auto_barriers: bool = True) -> Any:
-    """Return the parameters of a Mosaic GPU call: every thread's own code, and the fast exponentials."""
-    return plgpu.CompilerParams(
+    With `auto_barriers` its threads wait for each other at every copy.
+    """
+    params = plgpu.CompilerParams(
         approx_math=True,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
         unsafe_no_auto_barriers=not auto_barriers,
     )
-
-
-def gpu_kernel(body: Any, *, name: str, interpret: Any = False, auto_barriers: bool = True, **options: Any) -> Any:
-    """Return a function of arrays that runs a Mosaic GPU kernel; threads wait for each other at every copy, or not."""
-    params = gpu_params(auto_barriers)
     return plgpu.kernel(body, kernel_name=name, compiler_params=params, interpret=interpret, **options)

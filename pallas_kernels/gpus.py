@@ -4,24 +4,23 @@ import dataclasses
 
 import jax
 
-from pallas_kernels import compat
+from pallas_kernels.assumption import Assumption
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU. Rates are the vendor's; `scripts/bench_kernels.py --gpu` measures what can be had of them."""
+    """One GPU. Its rates are none of a kernel's business: `scripts/bench_kernels.py --gpu` measures them."""
 
     name: str
     processors: int  # multiprocessors
     shared: int  # bytes of shared memory that one block may have
-    bandwidth: float  # bytes of HBM a second
-    flops: float  # of dense bfloat16 a second
 
 
 GPUS = {
-    "h100": Gpu("h100", 132, 232_448, 3350e9, 989e12),
-    "h200": Gpu("h200", 132, 232_448, 4800e9, 989e12),
+    "h100": Gpu("h100", 132, 232_448),
+    "h200": Gpu("h200", 132, 232_448),
 }
+assume = Assumption("gpu", GPUS)
 
 
 def of_kind(device_kind: str) -> Gpu | None:
@@ -32,8 +31,8 @@ def of_kind(device_kind: str) -> Gpu | None:
 
 def target() -> Gpu | None:
     """Return the GPU that is being traced for, or None: the one assumed, the mesh's, or the default backend's."""
-    if compat.assumed_gpu.value is not None:
-        return GPUS[compat.assumed_gpu.value]
+    if assume.value is not None:
+        return assume.value
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return of_kind(device.device_kind)
@@ -43,20 +42,3 @@ def target() -> Gpu | None:
 def current() -> Gpu:
     """Return the GPU that is being traced for; an H100 where it is none, as for an interpreter."""
     return target() or GPUS["h100"]
-
-
-class assume:
-    """Trace for a GPU by name, whatever the devices are: `with assume("h100"): jax.jit(f).lower(...)`."""
-
-    def __init__(self, name: str):
-        if name not in GPUS:
-            raise ValueError(f"gpu={name!r}: must be one of {', '.join(GPUS)}")
-        self._name = name
-
-    def __enter__(self) -> Gpu:
-        self._context = compat.assumed_gpu(self._name)
-        self._context.__enter__()
-        return GPUS[self._name]
-
-    def __exit__(self, *exc) -> None:
-        self._context.__exit__(*exc)

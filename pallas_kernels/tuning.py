@@ -33,13 +33,9 @@ def blocks(kernel: str, chip: str, shape: dict[str, int | str]) -> dict[str, int
         NotImplementedError: no entry has the words of this class.
     """
     for name in dict.fromkeys((chip, "v5e", "v6e")):
-        near = [
-            (distance, i)
-            for i, entry in enumerate(table(kernel))
-            if entry["chip"] == name and (distance := _distance(entry["class"], shape)) is not None
-        ]
-        if near:
-            return dict(table(kernel)[min(near)[1]]["blocks"])
+        found = _nearest([entry for entry in table(kernel) if entry["chip"] == name], shape)
+        if found is not None:
+            return found
     raise NotImplementedError(f"{kernel}: no blocks are tuned for {shape}; see scripts/tune_kernels.py")
 
 
@@ -47,9 +43,9 @@ def gpu_blocks(kernel: str, gpu: str, shape: dict[str, int | str]) -> dict[str, 
     """Return the blocks measured for a near shape class on a GPU, or on another one; none where none is near."""
     found = table(f"{kernel}_gpu")
     for entries in ([e for e in found if e["chip"] == gpu], found):
-        near = [(d, i) for i, e in enumerate(entries) if (d := _distance(e["class"], shape)) is not None and d <= NEAR]
-        if near:
-            return dict(entries[min(near)[1]]["blocks"])
+        near = _nearest(entries, shape, NEAR)
+        if near is not None:
+            return near
     return {}
 
 
@@ -64,6 +60,15 @@ def halved(blocks: dict[str, int], least: dict[str, int], fits: Callable[[dict[s
         while blocks[name] > end and not fits(blocks):
             blocks = blocks | {name: blocks[name] // 2}
     return blocks
+
+
+def _nearest(
+    entries: list[dict[str, Any]], shape: dict[str, int | str], most: float = math.inf
+) -> dict[str, int] | None:
+    """Return the blocks of the first of the entries whose class is nearest, `most` away at most; None without one."""
+    far = [(distance, i) for i, e in enumerate(entries) if (distance := _distance(e["class"], shape)) is not None]
+    distance, i = min(far, default=(math.inf, 0))
+    return dict(entries[i]["blocks"]) if far and distance <= most else None
 
 
 def _distance(entry: dict[str, Any], shape: dict[str, Any]) -> float | None:

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                 (tuning.FOLDER / name).write_text(text)
         return
     if args.tpu_static is None and not args.gpu:
-        parser.error("nothing to do: --tpu-static CHIPS, --gpu, --table FILE or --budget FILE")
+        parser.error("nothing to do: --tpu-static CHIPS, --gpu, --table FILE, --budget FILE or --gpu-blocks FILE")
     for name, known in ((args.kernels, KERNELS), (args.tpu_static or "v5e", chips.CHIPS)):
         unknown = [x for x in name.split(",") if x not in known]
         if unknown:

@@ -29,7 +29,6 @@ from jaxinfer import passes
 from jaxinfer.decode import loop
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.eval import bench, roofline, size
-from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.plan.shapes import find_shape
 from jaxinfer.program import Program
 from pallas_kernels import compat
@@ -117,8 +116,6 @@ def main(argv: list[str] | None = None) -> None:
     most = max(config.max_context, args.context + args.steps + 1)
     config = dataclasses.replace(config, num_layers=args.layers or config.num_layers, max_context=most)
     base = bench.random_program(config, "bfloat16")
-    for i, layer in enumerate(base.model.layers):
-        base.model.layers[i] = apply_layouts(layer, ("fused", "long_last"))
     limits = bench.limits("bfloat16")
     device = jax.devices()[0].device_kind
     about = {"model": args.model, "layers": config.num_layers, "batch": args.batch, "context": args.context}

@@ -258,7 +258,7 @@ def emulated(launch: Any, *bodies: Any) -> Iterator[None]:
             *((body, name, value) for body in bodies for name, value in named),
             (launch, "scratch", remember),
             (launch.compat, "transposed", lambda ref: ref.read().T),
-            (launch.compat, "gpu_load", lambda ref, layout: ref[...]),
+            (launch.compat, "load", lambda ref, layout: ref[...]),
             (launch.compat, "gpu_kernel", _kernel(lambda: held[0]())),
         ):
             stack.enter_context(mock.patch.object(module, name, value))

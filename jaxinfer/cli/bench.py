@@ -120,7 +120,6 @@ def _program(args: argparse.Namespace, tokens: int):
 
     from jaxinfer import loading
     from jaxinfer.eval.bench import random_program
-    from jaxinfer.passes.layout import apply_layouts
     from jaxinfer.plan.shapes import find_shape
 
     loading.enable_compilation_cache()
@@ -128,10 +127,7 @@ def _program(args: argparse.Namespace, tokens: int):
     # Random weights know no context: let the positions go on as far as they are asked for.
     config = dataclasses.replace(config, max_context=max(config.max_context, tokens))
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    program = random_program(config, args.dtype or default)
-    for i, layer in enumerate(program.model.layers):
-        program.model.layers[i] = apply_layouts(layer, ("fused", "long_last"))
-    return program.replace(layouts=("fused", "long_last"))
+    return random_program(config, args.dtype or default)
 
 
 def _about(args: argparse.Namespace, limits: Any) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from jaxinfer.errors import InputError
 from jaxinfer.eval import roofline, size, speed
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import build
+from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.program import Program
 
+_LAYOUTS = ("fused", "long_last")  # of random weights
 _ROOM = 0.9  # of the device's memory: what programs and their caches may take together
 
 
@@ -41,7 +43,7 @@ class Workload:
 
 
 def random_program(config: ModelConfig, dtype: str, seed: int = 0) -> Program:
-    """Return a program of an architecture with random weights, drawn on the device leaf by leaf."""
+    """Return a program of an architecture with random weights, drawn on the device leaf by leaf, laid out for speed."""
     keys = map(np.uint32, itertools.count(seed))
 
     def make(shape: tuple[int, ...], leaf_dtype: jnp.dtype) -> jax.Array:
@@ -49,7 +51,10 @@ def random_program(config: ModelConfig, dtype: str, seed: int = 0) -> Program:
             return jnp.ones(shape, leaf_dtype)
         return _draw(next(keys), shape, jnp.dtype(leaf_dtype), config.embed_dim**-0.5)
 
-    return Program(build(config, make, jnp.dtype(dtype)), name="random weights")
+    model = build(config, make, jnp.dtype(dtype))
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = apply_layouts(layer, _LAYOUTS)
+    return Program(model, layouts=_LAYOUTS, name="random weights")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

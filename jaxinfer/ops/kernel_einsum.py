@@ -20,8 +20,8 @@ def worth(implementation: str | None, rows: Float[Array, "M I"], kernel: Quantiz
     GPU's kernel is for few rows alone.
     """
     if targets.platform() == "cuda":
-        return "xla" if implementation is None and rows.shape[0] > _ROWS_OF_BYTES else implementation
-    if isinstance(kernel, Packed):
+        most = _ROWS_OF_BYTES
+    elif isinstance(kernel, Packed):
         most = _ROWS_OF_FOUR_BITS if kernel.qtype in FOUR_BIT else _ROWS_OF_BYTES
     else:
         most = _ROWS_OF_BYTES if kernel.qvalue.dtype == jnp.int8 else 0  # XLA widens fp8 in 0.85 to 0.93 of its time

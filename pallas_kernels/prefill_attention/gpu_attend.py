@@ -25,7 +25,7 @@ def attend(arrays, held, plan, group, scale, softcap, items, b, head, i, first, 
     sums = plgpu.Layout.WGMMA.reduce(1)
     seen_from = None
     if plan.ragged:
-        seen_from = compat.gpu_load(arrays["low"].at[b, pl.ds(token, ROWS)], sums)
+        seen_from = compat.load(arrays["low"].at[b, pl.ds(token, ROWS)], sums)
     seen_from, seen_to = items.seen(
         items.position + token + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=sums), seen_from
     )
