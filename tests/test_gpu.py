@@ -5,9 +5,11 @@ import functools
 import json
 from types import SimpleNamespace
 
+import bench_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
+import profile_gpu_step
 import pytest
 from command import ROOT, TINY, caller
 
@@ -24,7 +26,6 @@ from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets
 from pallas_kernels.case import Peer
 from pallas_kernels.decode_attention import gpu_rows
 from pallas_kernels.kernels import kernel
-from scripts import bench_kernels, profile_gpu_step
 
 CALL = "mosaic_gpu_v2"
 

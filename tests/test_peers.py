@@ -2,10 +2,9 @@
 
 import functools
 import json
-import sys
-from pathlib import Path
 from unittest import mock
 
+import bench_kernels
 import jax
 import numpy as np
 import pytest
@@ -17,10 +16,6 @@ from pallas_kernels.paged_decode_attention.peers import jax_ragged_paged_attenti
 from pallas_kernels.prefill_attention import reference
 from pallas_kernels.prefill_attention.peers import PEERS
 from pallas_kernels.tolerance import BOUNDS, relative_error
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import bench_kernels
 
 
 def test_a_run_that_was_stopped_goes_on_and_makes_a_table_of_what_it_has(tmp_path, monkeypatch, capsys):

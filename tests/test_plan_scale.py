@@ -1,11 +1,10 @@
 """The cost model beyond what is compiled: choosing a mesh, growing machines, and the scripts around both."""
 
 import dataclasses
-import importlib
 import json
-import sys
-from pathlib import Path
 
+import plan_accuracy
+import plan_matrix
 import pytest
 from test_plan import hf_config
 
@@ -13,8 +12,6 @@ from jaxinfer.errors import InputError
 from jaxinfer.plan import choice, scaling, sweep
 from jaxinfer.plan.planning import plan, tokens_per_second
 from jaxinfer.plan.request import Request
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 
 def wide(folder) -> Request:
@@ -55,20 +52,18 @@ def test_strategies_stop_scaling_where_their_step_is_network(tmp_path):
 
 
 def test_the_matrix_says_why_a_cell_is_not_there(tmp_path, capsys):
-    matrix = importlib.import_module("plan_matrix")
     asked = wide(tmp_path)
     out = tmp_path / "matrix"
     command = ["--out", str(out), "--models", asked.model, "--passes", "bf16,int8", "--topologies", "v5e:1x1,v5e:4x4"]
-    matrix.main([*command, "--shapes-only"])
+    plan_matrix.main([*command, "--shapes-only"])
     lines = [line for line in capsys.readouterr().out.splitlines() if asked.model in line]
     assert len(lines) == 2 and "tok/s" in lines[0] and len(sweep.rows_of(out)) == 4
-    assert matrix._cell(None) == "not run"
-    matrix.main([*command, "--markdown"])
+    assert plan_matrix._cell(None) == "not run"
+    plan_matrix.main([*command, "--markdown"])
     assert [line for line in capsys.readouterr().out.splitlines() if asked.model in line] == lines
 
 
 def test_published_products_are_predicted_within_a_fifth():
-    accuracy = importlib.import_module("plan_accuracy")
-    assert all(0.8 < claim.ratio < 1.05 for claim in accuracy.products())
-    served = next(accuracy.servers())
+    assert all(0.8 < claim.ratio < 1.05 for claim in plan_accuracy.products())
+    served = next(plan_accuracy.servers())
     assert "llama3-8b bf16" in served.what and 0.65 < served.ratio < 1  # it serves prompts too
