@@ -18,7 +18,12 @@ from jaxinfer.plan.planning import plan
 from jaxinfer.plan.request import Request
 
 CHIPS = (64, 256, 1024, 4096, 16_384)
-DENSE = {"model=4": {"model": 4}, "model=16": {"model": 16}, "model=64": {"model": 64}}
+DENSE = {
+    "model=4": {"model": 4},
+    "model=16": {"model": 16},
+    "model=64": {"model": 64},
+    "stage=4,model=16": {"stage": 4, "model": 16},
+}
 EXPERTS = {"expert=8": {"expert": 8}, "expert=32": {"expert": 32}, "expert=16,model=4": {"expert": 16, "model": 4}}
 
 

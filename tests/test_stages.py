@@ -9,7 +9,6 @@ from test_sharding import mesh_of
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import abstract
 from jaxinfer.passes import apply
-from jaxinfer.plan.request import Request, check
 from jaxinfer.program import Program
 from jaxinfer.sharding import processes
 from jaxinfer.sharding.fitting import check_fits, fit
@@ -146,8 +145,3 @@ def test_stages_over_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(InputError, match="mesh stage=2: stage=2 is for the devices of one process, and there are 2"):
         put(abstract(tiny_config(windows=())), mesh_of("stage=2"), RULES["mixed"])
-
-
-def test_a_plan_of_stages_is_refused():
-    with pytest.raises(InputError, match=r"mesh stage=2,model=8: the cost model does not know stages, .*leave stage"):
-        check(Request(model="llama3-8b", topology="v5e:4x4", mesh="stage=2,model=8"))

@@ -2,6 +2,7 @@
 
 jaxinfer plan llama3-70b --pass int8 --pass kv_int8 --topology v5e:4x4 --mesh model=16 --batch 32 --context 8192
 jaxinfer plan config.json --topology v5p:4x4x4 --mesh data=8,model=8 --batch 64 --decoder speculative:length=4
+jaxinfer plan llama3-70b --pass int8 --topology v5p:4x4x4 --mesh stage=4,model=16 --batch 64
 jaxinfer plan llama3-8b --topology cpu:8 --mesh data=2,model=4 --batch 4 --context 256 --json
 jaxinfer plan --sweep --model llama3-70b --topology v5e:4x4 --topology v5p:2x2x4 --mesh model=16 --batch 8 --batch 32 \\
     --pass-set passes.txt --price v5e=1.2 --price v5p=4.2 --out runs/plan
@@ -9,8 +10,9 @@ jaxinfer plan --sweep --model llama3-70b --topology v5e:4x4 --topology v5p:2x2x4
 MODEL is a published shape (llama3-8b, llama3-70b, llama3-405b, qwen3-30b-a3b, qwen3-235b-a22b, llama2-7b, -13b, -70b),
 a config.json or its directory, or whatever --model of the other commands takes. TPUs need libtpu (no TPU): pip install
 "jaxinfer[plan]". Programs are compiled in a process of their own from cuts of one and two layers of each kind, and
-scaled; --whole compiles all layers. --decode-only leaves the prefill out; --shapes-only compiles nothing. --sweep plans
-every combination of what is repeated, writes rows to --out as they are done (a killed run goes on), and draws
+scaled; --whole compiles all layers. On a mesh with stages they are layers of each stage, bytes and FLOPs are of one
+device's stage, and times of all turns. --decode-only leaves the prefill out; --shapes-only compiles nothing. --sweep
+plans every combination of what is repeated, writes rows to --out as they are done (a killed run goes on), and draws
 pareto.png: dollars a million tokens, by --price in dollars a chip and hour, against the time of a token.
 """
 

@@ -21,9 +21,11 @@ from jaxinfer.ops.placement import Rules
 from jaxinfer.program import Program
 from jaxinfer.sharding.context import slots_on
 from jaxinfer.sharding.fitting import fit
+from jaxinfer.sharding.model import check_stages
 from jaxinfer.sharding.rules import DEFAULT, RULES
 from jaxinfer.sharding.shard import put
 from jaxinfer.sharding.specs import cache_shardings, model_shardings
+from jaxinfer.sharding.stages import stages_on
 from jaxinfer.tree import replace
 
 CHUNK = 1024  # prompt tokens of a dispatch, as generation takes them
@@ -31,7 +33,11 @@ CHUNK = 1024  # prompt tokens of a dispatch, as generation takes them
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A model in the form that a mesh divides, and where its leaves lie; leaves are shapes."""
+    """A model in the form that a mesh divides, and where its leaves lie; leaves are shapes.
+
+    Of a mesh with stages it is one stage's: the layers of the first one, which has as many of each kind as any other.
+    On devices each of them is that of all stages, as it runs there.
+    """
 
     model: Any
     shardings: Any
@@ -42,6 +48,11 @@ class Built:
     def sizes(self) -> dict[str, int]:
         """The mesh's axes."""
         return dict(self.mesh.shape)
+
+    @property
+    def stages(self) -> int:
+        """Over how many stages the mesh divides the layers."""
+        return stages_on(self.sizes, self.rules)
 
     def cache(self, rows: int, context: int) -> tuple[Cache, Any]:
         """Return an empty cache of `rows` rows for `context` tokens, and its shardings."""
@@ -71,14 +82,18 @@ def build(
     """Return the program of a configuration under passes on a mesh, without weights.
 
     Raises:
-        InputError: unknown rules, a pass that refuses, or a size that the mesh does not divide.
+        InputError: unknown rules, a pass that refuses, or a size or layers that the mesh does not divide.
     """
     if rules not in RULES:
         raise InputError(f"rules {rules!r}: {nearest(rules, RULES)}")
     model = _without_mesh(config, dtype, json.dumps(list(specs)))
-    real = isinstance(mesh, Mesh)  # then it is the program that runs there, which divides kernels by itself
-    model = put(model, mesh, RULES[rules]) if real else fit(model, mesh, RULES[rules])
-    return Built(model, model_shardings(model, mesh, RULES[rules]), mesh, RULES[rules])
+    if isinstance(mesh, Mesh):  # then it is the program that runs there, which divides kernels by itself
+        model = put(model, mesh, RULES[rules])
+        return Built(model, jax.tree.map(lambda leaf: leaf.sharding, model), mesh, RULES[rules])
+    check_stages(model, mesh.shape, RULES[rules])
+    model = fit(model, mesh, RULES[rules])
+    built = Built(model, model_shardings(model, mesh, RULES[rules]), mesh, RULES[rules])
+    return built.cut(range(len(model.layers) // built.stages))
 
 
 @functools.lru_cache(maxsize=4)  # passes over many layers take seconds, and a sweep asks for many meshes

@@ -12,6 +12,7 @@ from jaxinfer.passes.quantization.nodes import DynamicEmbedding, DynamicExperts,
 from jaxinfer.plan.building import Built
 from jaxinfer.sharding.names import owner
 from jaxinfer.sharding.specs import shard_bytes
+from jaxinfer.tree import path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +36,19 @@ class Work:
         """All FLOPs."""
         return self.product_flops + self.integer_flops + self.attention_flops
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
-def count(built: Built, rows: int, tokens: int, before: int, context: int = 0) -> Work:
+
+def count(
+    built: Built, rows: int, tokens: int, before: int, context: int = 0, *, layers: bool = True, ends: bool = True
+) -> Work:
     """Return the work of a step in which each of `rows` rows gets `tokens` new tokens after `before` old ones.
 
-    A row has slots for `context` tokens, or for these: where devices divide them, the first ones fill first.
-    Logits are of each row's last token. Which experts are read is the expectation where every token chooses at random:
-    `1 - (1 - k / E) ** tokens` of them.
+    It is that of the layers and of the ends, the embedding and the head, or of one of the two. A row has slots for
+    `context` tokens, or for these: where devices divide them, the first ones fill first. Logits are of each row's last
+    token. Which experts are read is the expectation where every token chooses at random: `1 - (1 - k / E) ** tokens`
+    of them.
     """
     per_group = rows / built.ways("batch", rows)  # rows that a device works on
     own = built.tokens(tokens)  # of each of them
@@ -51,6 +58,8 @@ def count(built: Built, rows: int, tokens: int, before: int, context: int = 0) -
     for keys, leaf in leaves:
         parts = jax.tree.leaves(leaf)
         lies = [next(shardings) for _ in parts]
+        if not (layers if path_of(keys).startswith("layers.") else ends):
+            continue
         size = shard_bytes(parts, lies)
         node, field = owner(built.model, keys)
         head = field.partition(".")[0] if node is not None else ""
@@ -72,7 +81,7 @@ def count(built: Built, rows: int, tokens: int, before: int, context: int = 0) -
         totals["integer_flops" if integer else "product_flops"] += flops
         totals["weight_bytes"] += read * size
         totals["activation_bytes"] += _activations(node, leaf, met, lies[0], built)
-    cache_bytes, attention = _attention(built, rows, tokens, before, context)
+    cache_bytes, attention = _attention(built, rows, tokens, before, context) if layers else (0.0, 0.0)
     return Work(cache_bytes=cache_bytes, attention_flops=attention, **totals)
 
 

@@ -2,6 +2,8 @@
 
 Held against the compiled ones in tests: two all-reduces a layer of hidden states in the model's type. (Where XLA
 multiplies int8 weights, with more rows than the kernel takes, it adds the sums up in float32: twice the bytes.)
+In stages those of a stage's layers, and a hand-over to the next stage, in every turn; in the end the last
+one's go to the first, and from there to all.
 """
 
 import collections
@@ -15,6 +17,8 @@ import numpy as np
 from jaxinfer.models.transformer import Attention
 from jaxinfer.plan.building import Built
 from jaxinfer.plan.hlo import Collective
+from jaxinfer.plan.turns import turns_of
+from jaxinfer.sharding.cache import STAGE
 from jaxinfer.sharding.specs import shard_bytes
 from jaxinfer.tree import select
 
@@ -24,8 +28,9 @@ def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collecti
     config, model, sizes = built.model.config, built.model, built.sizes
     found: collections.Counter[Collective] = collections.Counter()
     over_rows = built.rules.mesh_axes("batch", sizes)
-    local = rows / built.ways("batch", rows) * built.tokens(tokens)  # tokens of a device
-    hidden = int(local * config.embed_dim)
+    turns = turns_of(built, rows, tokens)
+    each = tokens // turns.pieces
+    wide = rows / built.ways("batch", rows) * config.embed_dim * jnp.dtype(model.embed.table.dtype).itemsize
 
     def over(name: str) -> tuple[str, ...]:
         return tuple(a for a in built.rules.mesh_axes(name, sizes) if a not in over_rows)
@@ -34,20 +39,25 @@ def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collecti
         if math.prod(sizes[a] for a in axes) > 1 and size:
             found[Collective(kind, int(size), group(sizes, axes))] += times
 
-    sums = hidden * jnp.dtype(model.embed.table.dtype).itemsize
-    add("all-reduce", sums, over("vocab"))
-    for i in range(config.num_layers):
-        add("all-reduce", sums, over("heads"))
-        wide = tuple(dict.fromkeys((*over("experts"), *over("mlp")))) if config.is_moe(i) else over("mlp")
-        add("all-reduce", sums, wide)
-    for kind, size, times in _of_context(built, rows, tokens):
+    hidden, sums = wide * built.tokens(tokens), wide * built.tokens(each)  # of a device, of a piece
+    add("all-reduce", hidden, over("vocab"))
+    for i in range(len(model.layers)):
+        add("all-reduce", sums, over("heads"), turns.count)
+        widths = tuple(dict.fromkeys((*over("experts"), *over("mlp")))) if config.is_moe(i) else over("mlp")
+        add("all-reduce", sums, widths, turns.count)
+    for kind, size, times in _of_context(built, rows, each):
         axes = built.rules.mesh_axes("sequence", sizes)
         places = group(sizes, axes)
-        found[Collective(kind, size, places[:2] if kind == "collective-permute" else places)] += times
+        found[Collective(kind, size, places[:2] if kind == "collective-permute" else places)] += times * turns.count
+    if turns.stages > 1:
+        places = group(sizes, (STAGE,))
+        found[Collective("collective-permute", int(sums), places[:2])] += turns.count
+        found[Collective("collective-permute", int(hidden), (places[-1], places[0]))] += 1
+        add("all-reduce", hidden, (STAGE,))
     stored = tuple(a for a in built.rules.mesh_axes("embed", sizes) if a in over_rows)
     if stored:
         leaves, lies = jax.tree.leaves(model.layers), jax.tree.leaves(built.shardings.layers)
-        add("all-gather", shard_bytes(leaves, lies) * math.prod(sizes[a] for a in stored), stored)
+        add("all-gather", shard_bytes(leaves, lies) * math.prod(sizes[a] for a in stored), stored, turns.count)
     return dict(found)
 
 
@@ -63,7 +73,7 @@ def _of_context(built: Built, rows: int, tokens: int) -> Iterator[tuple[str, int
     of_rows = rows // built.ways("batch", rows)
     own, size = built.tokens(tokens), jnp.dtype(built.model.embed.table.dtype).itemsize
     lse = of_rows * own * config.num_heads // built.ways("heads", config.num_heads) * 4
-    out, layers = lse * config.head_dim, config.num_layers
+    out, layers = lse * config.head_dim, len(built.model.layers)
     if own == tokens:
         yield "all-reduce", lse, layers
         yield "all-reduce", out + lse, layers

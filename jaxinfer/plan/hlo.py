@@ -32,7 +32,7 @@ class Found(NamedTuple):
 def read(text: str) -> Found:
     """Return what the entry of a compiled program's text runs.
 
-    A loop counts as often as XLA knows it to run, else once; of the branches of a conditional the last one counts.
+    A loop counts as often as it is known to run, else once; of the branches of a conditional the last one counts.
     """
     computations, entry = _computations(text)
     found = Found(collections.Counter(), collections.Counter())
@@ -71,8 +71,8 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
             called = re.search(r'/([\w.\-]+)/pallas_call"', rest)
             found.kernels[called[1] if called else "kernel"] += times
         elif kind == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-            _walk(computations, re.search(r"body=%?([\w.\-]+)", rest)[1], times * int(trips[1] if trips else 1), found)
+            body = re.search(r"body=%?([\w.\-]+)", rest)[1]
+            _walk(computations, body, times * _trips(computations, rest), found)
         elif kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
             last = branches[1].split(",")[-1] if branches else re.search(r"true_computation=(%?[\w.\-]+)", rest)[1]
@@ -82,6 +82,20 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
             for called in () if this.startswith("async-collective-done") else _CALLED.findall(rest):
                 if not called.startswith("async_collective_fusion"):
                     _walk(computations, called, times, found)
+
+
+def _trips(computations: dict[str, list[str]], rest: str) -> int:
+    """Return how often a loop runs: as XLA says, or, as libtpu does not, to where its condition counts from 0.
+
+    JAX's loops of a known length all count from there by ones.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
+        return int(known[1])
+    name = re.search(r"condition=%?([\w.\-]+)", rest)
+    condition = "\n".join(computations.get(name[1], ())) if name else ""
+    below = re.search(r"ROOT .* compare\([^)]*?([\w.\-]+)\), direction=LT", condition)
+    bound = below and re.search(rf"{re.escape(below[1])} = s32\[\]\S* constant\((\d+)\)", condition)
+    return int(bound[1]) if bound else 1
 
 
 def _moved(base: str, kind: str, shape: str, devices: int) -> int:

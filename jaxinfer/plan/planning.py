@@ -9,11 +9,12 @@ import numpy as np
 from jaxinfer.models.config import config_to_dict
 from jaxinfer.plan.building import CHUNK, cuts
 from jaxinfer.plan.compiling import Compiled, ask, combine
-from jaxinfer.plan.counts import Work, count
+from jaxinfer.plan.counts import Work
 from jaxinfer.plan.estimates import estimated_collectives
 from jaxinfer.plan.hlo import Collective
-from jaxinfer.plan.prediction import Times, network_seconds, predict
+from jaxinfer.plan.prediction import Times, network_seconds
 from jaxinfer.plan.request import Request, Target, check
+from jaxinfer.plan.turns import Step, Turns, step_of, turns_of
 from jaxinfer.sharding.specs import shard_bytes
 
 Note = Callable[[str], object]
@@ -25,6 +26,7 @@ class Phase:
 
     rows: int
     tokens: int
+    turns: Turns
     work: Work
     collectives: dict[Collective, float | int]  # as compiled where it was, else as estimated
     times: Times | None  # None where the machine's peaks are not known
@@ -134,19 +136,20 @@ def _compile(target: Target, note: Note) -> tuple[np.ndarray | None, dict[str, C
 def _phase(target: Target, name: str, places: np.ndarray, compiled: Compiled | str | None) -> Phase:
     rows, tokens = _steps(target)[name]
     context = target.prompt if name == "prefill" else target.request.context
-    work = count(target.built, rows, tokens, context - tokens, target.request.context)
+    step = step_of(target.built, rows, tokens, context - tokens, target.request.context)
     error = compiled if isinstance(compiled, str) else None
     compiled = None if isinstance(compiled, str) else compiled
     known = None if compiled is None else compiled.collectives
     found = estimated_collectives(target.built, rows, tokens) if known is None else dict(known)
-    return Phase(rows, tokens, work, found, _times(target, work, found, places), compiled, error)
+    turns, times = turns_of(target.built, rows, tokens), _times(target, step, found, places)
+    return Phase(rows, tokens, turns, step.work, found, times, compiled, error)
 
 
-def _times(target: Target, work: Work, collectives: dict[Collective, float | int], places: np.ndarray) -> Times | None:
+def _times(target: Target, step: Step, collectives: dict[Collective, float | int], places: np.ndarray) -> Times | None:
     hardware = target.topology.hardware
     if hardware is None:
         return None
-    return predict(work, network_seconds(collectives, places, target.topology.shape, hardware), hardware)
+    return step.times(network_seconds(collectives, places, target.topology.shape, hardware), hardware)
 
 
 def _whole_prompt(target: Target, phase: Phase, places: np.ndarray) -> Times | None:
@@ -156,8 +159,8 @@ def _whole_prompt(target: Target, phase: Phase, places: np.ndarray) -> Times | N
     total = None
     for start in range(0, target.prompt, CHUNK):
         tokens = min(CHUNK, target.prompt - start)
-        work = count(target.built, phase.rows, tokens, start, target.request.context)
-        times = _times(target, work, phase.collectives, places)  # a shorter last chunk is padded
+        step = step_of(target.built, phase.rows, tokens, start, target.request.context)
+        times = _times(target, step, phase.collectives, places)  # a shorter last chunk is padded
         total = times if total is None else total + times
     return total
 

@@ -51,6 +51,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
     out = {
         "rows": phase.rows,
         "tokens": phase.tokens,
+        "turns": {"stages": phase.turns.stages, "pieces": phase.turns.pieces, "count": phase.turns.count},
         "bytes": {"weights": work.weight_bytes, "cache": work.cache_bytes, "activations": work.activation_bytes},
         "flops": {"products": work.product_flops, "int8": work.integer_flops, "attention": work.attention_flops},
         "collectives": [
@@ -130,6 +131,7 @@ def _phase_lines(plan: Plan, name: str, phase: Phase) -> list[str]:
     what = f"{rows} by a token" if name == "decode" else f"{rows} by a chunk of {phase.tokens} tokens, the last one"
     lines = [
         f"{name}: {what}",
+        *_turns_lines(phase),
         f"  per device: {work.bytes / GB:.3f} GB (weights {work.weight_bytes / GB:.3f}, cache "
         f"{work.cache_bytes / GB:.3f}, activations {work.activation_bytes / GB:.3f}), {work.flops / GB:.1f} GFLOP"
         f" (attention {work.attention_flops / GB:.1f})",
@@ -152,6 +154,16 @@ def _phase_lines(plan: Plan, name: str, phase: Phase) -> list[str]:
     return [*lines, "  " + compiled_text(phase), *_traffic(phase)]
 
 
+def _turns_lines(phase: Phase) -> list[str]:
+    """Return how a step goes through stages, where there are any."""
+    stages, pieces, count = phase.turns.stages, phase.turns.pieces, phase.turns.count
+    if stages == 1:
+        return []
+    cut = f"in {pieces} pieces of {phase.tokens // pieces} tokens, " if pieces > 1 else ""
+    works = f"of which a device works in {pieces} ({pieces / count:.0%})"
+    return [f"  {cut}through {stages} stages in {count} turns, {works}"]
+
+
 def _traffic(phase: Phase) -> list[str]:
     """Return a warning where XLA moves far more than must be read: it is not in the predicted time."""
     if phase.compiled is None or phase.compiled.bytes < _MUCH_MORE * phase.work.bytes:
@@ -171,7 +183,8 @@ def compiled_text(phase: Phase) -> str:
         kernels = "not known, this jaxlib can't read the program that the compiler made"
     else:
         kernels = ", ".join(f"{name} x{n:g}" for name, n in c.kernels.items()) or "none, all of it is XLA's"
-    how = "all layers as one program" if c.whole else f"cuts of {' and '.join(map(str, c.layers))} layers, scaled"
+    each = " of each stage" if phase.turns.stages > 1 else ""
+    how = "all layers as one program" if c.whole else f"cuts of {' and '.join(map(str, c.layers))} layers{each}, scaled"
     seconds = f"{c.trace_seconds + c.compile_seconds:.1f} s, {c.processor_seconds:.1f} s of processors"
     return f"compiled in {seconds} ({how}); kernels: {kernels}"
 

@@ -11,7 +11,6 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.plan.building import CHUNK, Built, abstract_mesh, build
 from jaxinfer.plan.shapes import find_shape
 from jaxinfer.plan.topology import Topology, parse_topology
-from jaxinfer.sharding.cache import STAGE
 from jaxinfer.sharding.mesh import parse_mesh, show_mesh
 from jaxinfer.sharding.rules import DEFAULT
 
@@ -84,10 +83,6 @@ def check(request: Request) -> Target:
             f"context={request.context}: {request.model} was trained for {config.max_context}; give at most that"
         )
     sizes = parse_mesh(request.mesh) if request.mesh else {"model": topology.devices}
-    if sizes.get(STAGE, 1) > 1:
-        raise InputError(
-            f"mesh {show_mesh(sizes)}: the cost model does not know stages, whose devices take turns; leave stage out"
-        )
     _check_devices(sizes, topology)
     built = build(config, str(jnp.dtype(request.dtype)), (*saved, *request.passes), abstract_mesh(sizes), request.rules)
     ways = math.prod(sizes[a] for a in built.rules.mesh_axes("batch", sizes))

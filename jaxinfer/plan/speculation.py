@@ -3,9 +3,9 @@
 import dataclasses
 
 from jaxinfer.errors import InputError, nearest
-from jaxinfer.plan.counts import count
 from jaxinfer.plan.planning import Plan
-from jaxinfer.plan.prediction import Times, predict
+from jaxinfer.plan.prediction import Times
+from jaxinfer.plan.turns import step_of
 
 _DEFAULTS = {"length": 4.0, "acceptance": 0.7, "draft": 0.0}
 
@@ -65,7 +65,7 @@ def check_step(plan: Plan, speculation: Speculation) -> Times | None:
         return None
     hardware = plan.target.topology.hardware
     tokens = speculation.length + 1
-    work = count(plan.target.built, plan.request.batch, tokens, plan.request.context - tokens)
-    times = predict(work, decode.times.network * tokens, hardware)
+    step = step_of(plan.target.built, plan.request.batch, tokens, plan.request.context - tokens)
+    times = step.times(decode.times.network * tokens, hardware)
     drafts = speculation.draft * speculation.length
     return times + Times(*(drafts * part for part in dataclasses.astuple(decode.times)))

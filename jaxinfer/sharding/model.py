@@ -1,6 +1,7 @@
 """A model on a mesh: the one given, traced for its mesh, with a cache that is divided from the start."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -129,21 +130,20 @@ def off_stages(model: Transformer) -> Transformer:
     return kind(**{**fields, "layers": unstack(model.layers, model.mesh)})
 
 
-def check_stages(model: OnMesh) -> None:
+def check_stages(model: Transformer, sizes: Mapping[str, int], rules: Rules) -> None:
     """Raise InputError where a mesh divides layers in order and the model decides by itself which of them run.
 
     Nor may the devices be of several processes: two of them were seen to wait for each other without end.
     """
-    kind = type(model).__bases__[1]
-    if model.stages > 1 and processes.count() > 1:
+    kind, stages = type(model).__bases__[1] if isinstance(model, OnMesh) else type(model), stages_on(sizes, rules)
+    if stages > 1 and processes.count() > 1:
         raise InputError(
-            f"mesh {show_mesh(model.mesh.shape)}: stage={model.stages} is for the devices of one process, and there "
-            f"are {processes.count()}; leave stage out"
+            f"mesh {show_mesh(sizes)}: stage={stages} is for the devices of one process, and there are "
+            f"{processes.count()}; leave stage out"
         )
-    if model.stages > 1 and kind.run_layers is not Transformer.run_layers:
-        fitting = mesh_without((STAGE,), model, dict(model.mesh.shape), model.rules)
+    if stages > 1 and kind.run_layers is not Transformer.run_layers:
+        fitting = mesh_without((STAGE,), model, sizes, rules)
         raise InputError(
-            f"mesh {show_mesh(model.mesh.shape)}: {kind.__name__} decides which layers run, and stage={model.stages} "
-            "divides them in order: leave one of the two out"
-            + (f"; without stage {show_mesh(fitting)} fits" if fitting else "")
+            f"mesh {show_mesh(sizes)}: {kind.__name__} decides which layers run, and stage={stages} divides them in "
+            "order: leave one of the two out" + (f"; without stage {show_mesh(fitting)} fits" if fitting else "")
         )

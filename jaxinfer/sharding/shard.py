@@ -97,10 +97,10 @@ def put(model: Transformer, mesh: Mesh | AbstractMesh, rules: Rules) -> Transfor
     model = off_stages(model)
     if any(getattr(node.cache, "page", None) for node in select(model, Attention).values()):
         raise InputError("kv_paged on a mesh: pages of all rows are one pool, which is not divided; leave it out")
+    check_stages(model, mesh.shape, rules)
     fields = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
     model = on_mesh(type(model))(**{**fields, "mesh": mesh, "rules": rules})
     model = jax.tree.map(_in_host_memory, model)
-    check_stages(model)
     model = fit(model, mesh, rules)
     if select(model, MoE):
         model = rewrite(model, MoE, ".*", _divide_experts)
