@@ -35,6 +35,7 @@ TABLES = (  # rules beside the default ones, which each strategy's mesh axis ask
 BATCH, SLOTS, CHUNK = 4, 64, 16
 OPTIONS = {
     "kv_int4": {"group": 8, "residual": 8},  # so that some groups of a short text are packed
+    "kv_window": {"sinks": 2, "window": 6},
     "skip_layers": {"layers": (1,)},
     "early_exit": {"first": 1, "threshold": 0.1},
     "skip_decode": {"end": 24, "share": 0.5},
@@ -151,7 +152,7 @@ def main() -> None:
             meshes = MESHES[kind]
             if kind == "dense" and (name == "none" or name.startswith("kv_")):
                 meshes += CACHES
-            if name == "kv_int4":
+            if name in ("kv_int4", "kv_window"):
                 meshes = [mesh for mesh in meshes if "context" not in mesh]  # which is refused
             for line in on_meshes(kind, name, program, meshes):
                 print(json.dumps(line), flush=True)

@@ -13,7 +13,9 @@ from jaxinfer.cache.dense import Dense
 from jaxinfer.cache.kivi import Kivi
 from jaxinfer.cache.paged import Paged
 from jaxinfer.cache.quantized import QuantizedCache
+from jaxinfer.cache.streaming import Streaming
 from jaxinfer.models.transformer import Attention, Transformer
+from jaxinfer.ops.rope import RopeConfig
 from jaxinfer.tree import replace, rewrite
 
 KINDS: dict[str, CacheKind] = {
@@ -24,6 +26,8 @@ KINDS: dict[str, CacheKind] = {
     "kivi_2_bits": Kivi(bits=2, group=4, residual=0),
     "kivi_long_residual": Kivi(residual=16),
     "paged": Paged(page=4),
+    "streaming": Streaming(sinks=2, window=5, rope=RopeConfig()),
+    "streaming_no_sinks": Streaming(sinks=0, window=4, rope=RopeConfig()),
     "paged_int8": Paged(page=3, int8=True),
     "paged_kivi": Kivi(group=4, residual=3, page=8),
     "paged_kivi_2_bits": Kivi(bits=2, group=4, residual=0, page=4),

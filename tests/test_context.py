@@ -94,6 +94,9 @@ def test_a_cache_whose_slots_are_not_divided_is_refused_with_a_mesh_that_fits(me
     with pytest.raises(InputError, match=said):
         check_fits(model, mesh_of(mesh), RULES["mixed"])
     check_fits(model, mesh_of(f"{fits},model=2"), RULES["mixed"])
+    windowed = apply(Program(abstract(tiny_config())), "kv_window").model
+    with pytest.raises(InputError, match=r"kv_window, which holds .* without context"):
+        check_fits(windowed, mesh_of(mesh), RULES["mixed"])
     paged = apply(Program(abstract(tiny_config())), "kv_paged").model
     with pytest.raises(InputError, match=r"kv_paged, whose pages .* leave it out$"):
         check_fits(paged, mesh_of(mesh), RULES["mixed"])

@@ -20,6 +20,7 @@ SUFFIXES = [[5, 6, 7], [9], []]
 CACHES = {
     "dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",),
     "kv_paged": ("kv_paged:page=8",), "kv_paged_int8": ("kv_paged:page=16,store=int8",),
+    "kv_window": ("kv_window:sinks=2,window=9",),
     "kv_paged_int4": ("kv_paged:page=16,store=int4,group=8,residual=16",),
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ DEPTH = [name for name in PASSES if PASSES[name].about.family == "depth"]
 # Depth passes change neither kernels nor caches: of each kind of node that others put in, one pass stands for all.
 STAND_INS = {*DEPTH, "w8a8", "quarot", "kv_int4"}
 # Settings at which they do something to a text of 101 tokens in one or two layers.
-SETTINGS = {"early_exit": {"threshold": 0.3}, "skip_decode": {"end": 40}}
+SETTINGS = {"early_exit": {"threshold": 0.3}, "skip_decode": {"end": 40}, "kv_window": {"window": 40}}
 PAIRS = [
     (first, then)
     for first, then in itertools.product(ALONE, ALONE)

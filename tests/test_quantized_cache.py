@@ -10,9 +10,9 @@ from models import random_program, tiny_config
 from test_cache import with_kind
 
 from jaxinfer.cache import kivi, packed_attention
-from jaxinfer.cache.dense import Dense
+from jaxinfer.cache.dense import Dense, DenseLayer
 from jaxinfer.cache.groups import dequantize_groups, quantize_groups
-from jaxinfer.cache.kivi import Kivi
+from jaxinfer.cache.kivi import Kivi, KiviLayer
 from jaxinfer.cache.quantized import QuantizedCache, quantize
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Attention
@@ -259,10 +259,10 @@ def test_within_its_residual_kivi_is_the_dense_cache():
     q, k, v = draw(0, 1, 64, N, H), draw(1, 1, 64, K, H), draw(2, 1, 64, K, H)
     expected, _ = run(Dense(), q, k, v, [50, *[1] * 14], slots=300)
     found, cache = run(Kivi(), q, k, v, [50, *[1] * 14], slots=300)
-    assert cache.groups is not None
+    assert isinstance(cache, KiviLayer)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     found, cache = run(Kivi(residual=1 << 30), q, k, v, [50, *[1] * 14], slots=300)
-    assert cache.groups is None and cache.exact_rewind is None
+    assert isinstance(cache, DenseLayer) and cache.exact_rewind is None
     np.testing.assert_array_equal(found, expected)
 
 

@@ -27,7 +27,9 @@ from jaxinfer.speculation import speculative
 from jaxinfer.text.tokenizer import Tokenizer
 
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [9], list(range(3, 43)), [7, 8] * 7]
-CACHES = {"dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",)}
+CACHES = {
+    "dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",),
+    "kv_window": ("kv_window:sinks=2,window=9",)}  # fmt: skip
 NAMES = ("itself", "rounded", "short_cache", "random", "ngram", "exit", "datastore", "lookahead")
 
 

@@ -17,6 +17,7 @@ PARENTS = (-1, 0, 0, 1, 1, 2, 5, 3)
 CACHES = {
     "dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",),
     "rotated": ("quarot", "kv_int8"), "kv_paged": ("kv_paged:page=8",),
+    "kv_window": ("kv_window:sinks=2,window=9",), "rotated_window": ("quarot", "kv_window:sinks=2,window=9"),
 }  # fmt: skip
 PROMPTS, LENGTHS = (np.arange(2 * 37).reshape(2, 37) * 7 % 96).astype(np.int32), np.array([37, 23], np.int32)
 NODES = (np.arange(16).reshape(2, 8) * 5 % 96 + 1).astype(np.int32)

@@ -33,9 +33,19 @@ class RopeConfig:
 
 def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: RopeConfig) -> Float[Array, "B T N H"]:
     """Rotate each half-pair `(x[h], x[h + H/2])` by the angle `position * frequency[h]` (2104.09864)."""
+    return _rotated(x, positions, positions, rope, attention_magnitude(rope))
+
+
+def turn(
+    x: Float[Array, "B T N H"], by: Int[Array, "B T"], positions: Int[Array, "B T"], rope: RopeConfig
+) -> Float[Array, "B T N H"]:
+    """Return what `rotate` would have given `by` tokens further on; `x` was rotated at `positions`."""
+    return _rotated(x, by, positions, rope, 1.0)
+
+
+def _rotated(x: Array, by: Array, positions: Array, rope: RopeConfig, magnitude: float) -> Array:
     frequencies = _frequencies(rope, x.shape[-1], positions)  # [H/2], or [B, H/2] where it depends on the length
-    angles = positions[..., None].astype(jnp.float32) * frequencies[..., None, :]
-    magnitude = attention_magnitude(rope)
+    angles = by[..., None].astype(jnp.float32) * frequencies[..., None, :]
     cos, sin = (x[:, :, None, :] * magnitude for x in _cos_and_sin(angles, positions))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -21,6 +21,7 @@ from jaxinfer.passes.kv_cache.fp8 import KVFP8
 from jaxinfer.passes.kv_cache.int8 import KVInt8
 from jaxinfer.passes.kv_cache.kivi import KVInt4
 from jaxinfer.passes.kv_cache.paged import KVPaged
+from jaxinfer.passes.kv_cache.window import KVWindow
 from jaxinfer.passes.quantization.awq import AWQ
 from jaxinfer.passes.quantization.fp8 import FP8
 from jaxinfer.passes.quantization.gptq import GPTQ
@@ -54,6 +55,7 @@ PASSES: dict[str, type[Technique]] = {
     "kv_fp8": KVFP8,
     "kv_int4": KVInt4,
     "kv_paged": KVPaged,
+    "kv_window": KVWindow,
     "skip_layers": SkipLayers,
     "early_exit": EarlyExits,
     "skip_decode": SkipDecode,

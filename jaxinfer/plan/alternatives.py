@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from jaxinfer.errors import InputError
+from jaxinfer.passes import PASSES
 from jaxinfer.plan.planning import Memory, Plan
 from jaxinfer.plan.request import Request, Target, check
 from jaxinfer.sharding.mesh import show_mesh
@@ -12,7 +13,7 @@ from jaxinfer.sharding.specs import shard_bytes
 
 COUNT = 3
 _PASSES = (("kv_int8",), ("int8",), ("int8", "kv_int8"), ("int4",), ("int4", "kv_int8"))
-_CACHE = {"kv_int8", "kv_fp8", "kv_int4"}
+_CACHE = {name for name, kind in PASSES.items() if kind.about.takes == "cache"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxinfer.cache.dense import Dense
 from jaxinfer.cache.kivi import Kivi
 from jaxinfer.cache.paged import Paged
 from jaxinfer.cache.quantized import QuantizedCache
+from jaxinfer.cache.streaming import Streaming
 from jaxinfer.errors import InputError
 from jaxinfer.models.layers import Linear
 from jaxinfer.models.transformer import Attention
@@ -33,7 +34,11 @@ _PEOPLE = {
     "layers": "each stage has as many",
 }
 
-_WHOLE = {Kivi: "kv_int4, whose old tokens are in groups of many", Paged: "kv_paged, whose pages are of all rows"}
+_WHOLE = {
+    Kivi: "kv_int4, whose old tokens are in groups of many",
+    Paged: "kv_paged, whose pages are of all rows",
+    Streaming: "kv_window, which holds a window of slots whatever the context",
+}
 
 
 def fit(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:

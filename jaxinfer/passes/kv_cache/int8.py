@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from jaxinfer.cache.quantized import QuantizedCache
+from jaxinfer.models.transformer import Attention
 from jaxinfer.passes.base import About
 from jaxinfer.passes.kv_cache.kind import CacheOf
 
@@ -22,6 +23,6 @@ class KVInt8(CacheOf):
         rounds_activations=True,
     )
 
-    def kind(self) -> QuantizedCache:
+    def kind(self, node: Attention) -> QuantizedCache:
         """Return the int8 cache."""
         return QuantizedCache(qtype="int8")

@@ -17,8 +17,8 @@ class CacheOf(Technique):
 
     where: str = ".*"  # dotted paths of attention layers: layers.3.attention
 
-    def kind(self) -> CacheKind:
-        """Return the kind of cache that the layers get."""
+    def kind(self, node: Attention) -> CacheKind:
+        """Return the kind of cache that a layer gets."""
         raise NotImplementedError
 
     def transform(self, program: Program) -> Program:
@@ -27,11 +27,10 @@ class CacheOf(Technique):
         Raises:
             InputError: a layer has another cache than the plain one already, or `where` matches none.
         """
-        kind = self.kind()
 
         def put(node: Attention) -> Attention:
             if node.cache != Dense():
                 raise InputError(f"{self.name} over {node.cache}: {TAKEN['cache']}")
-            return replace(node, cache=kind)
+            return replace(node, cache=self.kind(node))
 
         return program.replace(model=rewrite(program.model, Attention, self.where, put))

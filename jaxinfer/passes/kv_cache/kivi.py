@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from jaxinfer.cache.kivi import Kivi
+from jaxinfer.models.transformer import Attention
 from jaxinfer.passes.base import About
 from jaxinfer.passes.kv_cache.kind import CacheOf
 
@@ -25,6 +26,6 @@ class KVInt4(CacheOf):
     group: int = 32  # tokens that share a channel's grid, and channels of a value that do; 64 for the kernel for TPU
     residual: int = 64  # newest tokens that stay as they are
 
-    def kind(self) -> Kivi:
+    def kind(self, node: Attention) -> Kivi:
         """Return the packed cache."""
         return Kivi(bits=4, group=self.group, residual=self.residual)

@@ -6,6 +6,7 @@ from typing import ClassVar
 from jaxinfer.cache.kivi import Kivi
 from jaxinfer.cache.paged import Paged
 from jaxinfer.errors import InputError, nearest
+from jaxinfer.models.transformer import Attention
 from jaxinfer.passes.base import About
 from jaxinfer.passes.kv_cache.kind import CacheOf
 
@@ -37,7 +38,7 @@ class KVPaged(CacheOf):
         if self.store not in STORES:
             raise InputError(f"{self.name}:store={self.store!r}: {nearest(self.store, STORES)}")
 
-    def kind(self) -> Kivi | Paged:
+    def kind(self, node: Attention) -> Kivi | Paged:
         """Return the cache in pages."""
         if self.store == "int4":
             return Kivi(group=self.group, residual=self.residual, page=self.page)

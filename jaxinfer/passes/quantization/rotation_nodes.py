@@ -1,10 +1,13 @@
 """The nodes that rotation passes put in: rotations, and what applies one while the model runs."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.base import LayerCache
+from jaxinfer.cache.streaming import Streaming
 from jaxinfer.models.layers import Leaf, RMSNorm
 from jaxinfer.models.transformer import Attention
 from jaxinfer.ops.hadamard import hadamard_transform
@@ -86,7 +89,8 @@ class RotatedKeys(Attention):
     o: nnx.Module = nnx.data()  # a linear map, or one with a rotation before it
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike) -> LayerCache:
-        return RotatedKeysLayer(super().init_cache(batch, slots, dtype))
+        kind = dataclasses.replace(self.cache, hadamard=True) if isinstance(self.cache, Streaming) else self.cache
+        return RotatedKeysLayer(kind.create(batch, slots, self.num_kv_heads, self.head_dim, dtype))
 
 
 @nnx.dataclass
