@@ -54,12 +54,14 @@ def test_a_table_is_its_numbers(shape):
 
 
 def test_splash_attention_with_its_lists_as_constants_is_causal_attention():
-    """Its blocks of slots after the diagonal are skipped, and blocks on it are masked."""
+    """Its blocks of slots after the diagonal, and before a window, are skipped, and blocks on an edge are masked."""
     q = jax.random.normal(jax.random.key(0), (1, 1024, 2, 128))
     k, v = jax.random.normal(jax.random.key(1), (2, 1, 1, 1024, 128))
-    with mock.patch.object(pl, "pallas_call", functools.partial(_interpreted, pl.pallas_call)):
-        found = PEERS["splash_512"](q, k, v, scale=0.1)
-    assert relative_error(found, reference(q, k, v, scale=0.1)) < BOUNDS["float32"]
+    for options in ({}, {"window": 700}, {"position": np.array([512])}):
+        text = q[:, :512] if "position" in options else q
+        with mock.patch.object(pl, "pallas_call", functools.partial(_interpreted, pl.pallas_call)):
+            found = PEERS["splash_512"](text, k, v, scale=0.1, **options)
+        assert relative_error(found, reference(text, k, v, scale=0.1, **options)) < BOUNDS["float32"], options
 
 
 @pytest.mark.parametrize("slots", [16, 48])

@@ -24,10 +24,13 @@ def _flash(block):
 
 
 def _splash(block):
-    def run(q, k, v, *, scale):
+    def run(q, k, v, *, scale, window=None, position=None):
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-        mask = splash_attention_mask.CausalMask((q.shape[1], k.shape[2]))
+        shape, first = (q.shape[1], k.shape[2]), 0 if position is None else int(position[0])
+        mask = splash_attention_mask.CausalMask(shape, offset=first)
+        if window is not None:
+            mask = splash_attention_mask.LocalMask(shape, window_size=(window - 1, 0), offset=first)
         heads = splash_attention_mask.MultiHeadMask([mask] * q.shape[2])
         sizes = splash_attention_kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=512)
         with jax.ensure_compile_time_eval():
