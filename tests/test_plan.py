@@ -81,6 +81,9 @@ def test_bytes_are_those_of_the_leaves():
     assert eighth.cache_bytes == work.cache_bytes / 2  # twice the rows on four devices
     windowed = count(alone(tiny_config()), 2, 1, 255)  # the first layer sees 24 tokens
     assert windowed.cache_bytes == work.cache_bytes * (256 + 24) / 512
+    forgetting = count(alone(config, "kv_window:sinks=4,window=28"), 2, 1, 255)
+    assert forgetting.cache_bytes == work.cache_bytes * (4 + 28 + 32) / 256  # the window and what it can be rewound by
+    assert forgetting.attention_flops == work.attention_flops * (28 + 32) / 256
     int8 = count(alone(config, "int8"), 2, 1, 255)
     assert 0.25 < int8.weight_bytes / work.weight_bytes < 0.35 and int8.product_flops == work.product_flops
     assert count(alone(config, "w8a8"), 2, 1, 255).integer_flops == work.product_flops

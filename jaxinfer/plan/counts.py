@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxinfer.models.moe import Experts
-from jaxinfer.ops.quantized import is_quantized
+from jaxinfer.ops.quantized import is_quantized, nbytes
 from jaxinfer.passes.quantization.nodes import DynamicEmbedding, DynamicExperts, DynamicLinear
 from jaxinfer.plan.building import Built
 from jaxinfer.sharding.names import owner
@@ -115,20 +115,24 @@ def _attention(built: Built, rows: int, tokens: int, before: int, context: int) 
     """
     config = built.model.config
     over = built.ways("sequence", 0)  # a number that every mesh divides, as slots are chosen to be
-    cache, lies = built.cache(rows, max(context, before + tokens) if over > 1 else before + tokens)
-    slots = _slots(cache)
+    length = max(context, before + tokens) if over > 1 else before + tokens
+    (cache, lies), (longer, _) = built.cache(rows, length), built.cache(rows, 2 * length)
+    slots = _slots(cache.layers)
     slots, most = slots // over, slots // over if over > 1 else before + tokens
     size, flops = 0.0, 0.0
     ways = built.ways("batch", rows) * built.ways("heads", config.num_heads)
-    for i, (layer, lie) in enumerate(zip(cache.layers, lies.layers, strict=True)):
-        window = config.window(i) or before + tokens
+    for i, (layer, lie, twice) in enumerate(zip(cache.layers, lies.layers, longer.layers, strict=True)):
+        window, read = config.window(i) or before + tokens, slots
+        if nbytes(layer) == nbytes(twice):  # it lets go of tokens: of what it holds all is read
+            read = _slots(layer)
+            window = min(window, read)
         live = min(before + tokens, window + tokens - 1, most)
-        size += shard_bytes(layer, lie) * min(1.0, live / slots)
+        size += shard_bytes(layer, lie) * min(1.0, live / read)
         pairs = sum(min(before + t + 1, window, most) for t in (0, tokens - 1)) / 2 * tokens
         flops += 4.0 * rows * config.num_heads * config.head_dim * pairs / ways
     return size, flops
 
 
-def _slots(cache: Any) -> int:
-    """Return the slots of a layer's cache: its third axis."""
-    return max(leaf.shape[2] for leaf in jax.tree.leaves(cache.layers) if len(leaf.shape) > 2)
+def _slots(layers: Any) -> int:
+    """Return the slots of layers' caches, the most of them: the third axis."""
+    return max(leaf.shape[2] for leaf in jax.tree.leaves(layers) if len(leaf.shape) > 2)
