@@ -5,9 +5,7 @@ nibbles apart, and it is x that is brought into their order, once. Inputs of sev
 one row for each group, zero outside it, so that each group's sum comes out apart and is scaled in float32.
 """
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,56 +18,14 @@ from jaxtyping import Array, Float
 from pallas_kernels import calls, chips, compat, tuning
 from pallas_kernels.codes import widen
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
+from pallas_kernels.quantized_matmul.tpu_plan import HALF, Refs, cut, each_turn
 
 RUN = 32  # inputs that share 16 bytes
 REGISTERS = 8  # of the 64, for the sums of the outputs that are computed together
 PREPARED = 64  # registers of parts of x that are prepared together
-HALF = 64  # bytes whose low and high nibbles make one push of 128
 SIGNED = np.int32(0xF0F0F0F0 - (1 << 32))  # in the high half of a byte a nibble has the byte's sign
 UNSIGNED = np.int32(0x0F0F0F0F)
 INT32_INPUTS = 1024  # of a group, up to which sums of two parts of x fit an int32 together: 127.5 * 128 * 128 each
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a product is cut: `chunks` of `lanes` bytes of each output, with `groups` groups of inputs in each."""
-
-    qtype: str
-    integer: bool  # the MXU multiplies int8; else bfloat16
-    rounded: bool  # x is taken as integers of a step
-    parts: int  # int8 or bfloat16 numbers that make a number of x
-    planes: int  # codes in a byte
-    lanes: int
-    bytes: int  # of an output
-    chunks: int
-    groups: int
-    scales: int  # G
-    rows: int
-
-    @property
-    def inputs(self) -> int:
-        """Inputs of a chunk."""
-        return self.planes * self.lanes
-
-    @property
-    def group(self) -> int:
-        """Inputs of a group, within a chunk."""
-        return self.inputs // self.groups
-
-    @property
-    def enlarged(self) -> float:
-        """How many times as large as the codes are the numbers that stand for them."""
-        return 16.0 if self.qtype == "int4" else 1.0
-
-    @property
-    def lines(self) -> int:
-        """Rows of x as the MXU is given them: of each part and group; at least a whole tile of bfloat16."""
-        return calls.round_up(self.parts * self.groups * self.rows, 8 if self.integer else 16)
-
-    @property
-    def dtype(self):
-        """What the MXU is given."""
-        return jnp.int8 if self.integer else jnp.bfloat16
 
 
 def quantized_matmul(
@@ -92,15 +48,20 @@ def quantized_matmul(
         NotImplementedError: a qtype, or groups, that the kernel does not know.
         ValueError: shapes that do not fit, or blocks that need too much VMEM.
     """
-    M, I = x.shape
-    O = values.shape[0]
-    chip = chips.current()
+    O, chip = values.shape[0], chips.current()
     _check(x, values, scale, offset, qtype, activations)
     shape = shape_class(x, values, scale, qtype=qtype, activations=activations)
     chosen = blocks or _fitting(tuning.blocks("quantized_matmul", chip.name, shape), values.shape[1], chip)
-    plan = _plan(x, values, scale, qtype, activations, chosen, chip)
-    outputs, copies = calls.round_up(min(chosen["outputs"], O), 128), chosen["copies"]
-    copies = max(1, min(copies, pl.cdiv(O, outputs)))
+    plan = cut(x, values, scale, qtype, activations, chosen, chip)
+    outputs = calls.round_up(min(chosen["outputs"], O), 128)
+    copies = max(1, min(chosen["copies"], pl.cdiv(O, outputs)))
+    return _run(x, values, scale, offset, plan=plan, outputs=outputs, copies=copies, chip=chip, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "outputs", "copies", "chip", "interpret"))
+def _run(x, values, scale, offset, *, plan, outputs, copies, chip, interpret):
+    """Return the product. A program with many of one shape, as those of layers are, traces and lowers the body once."""
+    (M, I), O = x.shape, values.shape[0]
     step, count = outputs * copies, pl.cdiv(O, outputs)
     steps = pl.cdiv(count, copies)
     cores = chip.cores if steps % chip.cores == 0 else 1
@@ -186,52 +147,34 @@ def _check(x, values, scale, offset, qtype, activations) -> None:
         raise NotImplementedError(f"groups of {I // G} inputs of {qtype}: must be multiples of {RUN}")
 
 
-def _plan(x, values, scale, qtype, activations, chosen, chip) -> Plan:
-    """Return how the product is cut."""
-    M, G = x.shape[0], scale.shape[0]
-    planes = 2 if qtype in FOUR_BIT else 1
-    rounds = activations == "int8"
-    wide = x.dtype == jnp.float32  # three bfloat16 numbers hold one exactly, two bytes would not
-    integer = chip.int8_ratio > 1 and (rounds or (planes == 2 and not wide))
-    parts = 1 if rounds else 2 if integer else 3 if wide else 1
-    held = values.shape[1]  # bytes of an output
-    group = held // G  # bytes of a group
-    if G == 1:
-        # One step of x, and one sum, where nothing asks for more; else x has a step for each chunk.
-        lanes = calls.round_up(held, 128) if rounds or not integer else chosen["lanes"]
-        groups = 1
-    elif planes == 2 and chosen["lanes"] == HALF and HALF % group == 0:
-        lanes, groups = HALF, HALF // group
-    else:
-        lanes = math.lcm(group, 128)
-        lanes *= max(1, min(chosen["lanes"], held) // lanes)
-        groups = lanes // group
-    rows = calls.round_up(min(M, chosen["rows"]), 8)
-    return Plan(
-        qtype, integer, rounds or integer, parts, planes, lanes, held, pl.cdiv(held, lanes), groups, G, rows
-    )  # fmt: skip
-
-
 def _body(x_ref, scale_ref, *refs, plan, copies, outputs, offset):
     refs = list(refs)
     offset_ref = refs.pop(0) if offset else None
     weights, (out_ref, parts_ref, step_ref, sum_ref) = refs[:copies], refs[copies:]
+    step_ref, sum_ref = step_ref if plan.rounded else None, sum_ref if offset else None
+    refs = Refs(x_ref, weights, scale_ref, offset_ref, parts_ref, step_ref, sum_ref)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        _prepare(x_ref, parts_ref, step_ref if plan.rounded else None, sum_ref if offset else None, plan)
+        each_turn(lambda refs, plan, _: _prepare(refs.x, refs.parts, refs.step, refs.sum, plan), refs, plan, None)
 
     # Every stage for some outputs at once, as many as leave registers for their sums.
     together = max(1, REGISTERS // (plan.rows * outputs // 1024))
-    for first in range(0, copies, together):
-        each = range(first, min(first + together, copies))
-        total = _block([weights[c] for c in each], each, parts_ref, step_ref, sum_ref, scale_ref, offset_ref, plan)
+    which = [range(first, min(first + together, copies)) for first in range(0, copies, together)]
+
+    def add(refs, plan, totals):
+        return [_block(refs, each, total, plan) for each, total in zip(which, totals, strict=True)]
+
+    totals = [[jnp.zeros((plan.rows, outputs), jnp.float32) for _ in each] for each in which]
+    for each, total in zip(which, each_turn(add, refs, plan, totals), strict=True):
         for c, y in zip(each, total, strict=True):
             out_ref[:, c * outputs : (c + 1) * outputs] = y.astype(out_ref.dtype)
 
 
-def _block(weights, which, parts_ref, step_ref, sum_ref, scale_ref, offset_ref, plan):
-    """Return the result for the outputs of a few copies, float32; `which` are their numbers in the step."""
+def _block(refs, which, total, plan):
+    """Return `total` and the sums for the outputs of a few copies, float32; `which` are their numbers in the step."""
+    parts_ref, step_ref, sum_ref, scale_ref, offset_ref = refs.parts, refs.step, refs.sum, refs.scale, refs.offset
+    weights = [refs.weights[c] for c in which]
     outputs = weights[0].shape[0]
 
     def columns(ref, g):
@@ -240,23 +183,22 @@ def _block(weights, which, parts_ref, step_ref, sum_ref, scale_ref, offset_ref, 
     def add(total, sums, factors):
         return [t + y * f for t, y, f in zip(total, sums, factors, strict=True)]
 
-    total = [jnp.zeros((plan.rows, outputs), jnp.float32) for _ in which]
     ones = [1.0] * len(total)
     for chunk in range(plan.chunks):
         width = min(plan.lanes, plan.bytes - chunk * plan.lanes)
         found = [_product(parts_ref, weight, chunk, width, plan) for weight in weights]
         for j in range(plan.groups):
             at = chunk * plan.groups + j  # of x's steps and sums
-            if plan.scales > 1 and at >= plan.scales:
+            if plan.grouped and at >= plan.scales:
                 break
             sums = [_join(y, j, plan) for y in found]
             if plan.rounded:
                 step = _across(step_ref[at], outputs)
                 sums = [y * step for y in sums]
-            total = add(total, sums, columns(scale_ref, at) if plan.scales > 1 else ones)
-            if offset_ref is not None and plan.scales > 1:
+            total = add(total, sums, columns(scale_ref, at) if plan.grouped else ones)
+            if offset_ref is not None and plan.grouped:
                 total = add(total, [_across(sum_ref[at], outputs)] * len(total), columns(offset_ref, at))
-    if plan.scales == 1:
+    if not plan.grouped:
         total = [y * scale for y, scale in zip(total, columns(scale_ref, 0), strict=True)]
         if offset_ref is not None:
             of_x = functools.reduce(jnp.add, [sum_ref[i] for i in range(plan.chunks)])
@@ -281,7 +223,8 @@ def _product(parts_ref, weight_ref, chunk, width, plan):
 
 def _folded(weight_ref, start, plan):
     """Return the codes of 64 bytes, the low nibbles in the first lanes and the high ones in the others."""
-    words = pltpu.bitcast(weight_ref[:, start - start % 128 :][:, :128], jnp.int32)
+    aligned = start - start % 128
+    words = pltpu.bitcast(weight_ref[:, aligned : aligned + 128], jnp.int32)
     other = pltpu.roll(words, HALF, 1)
     low, high = (words, other) if start % 128 == 0 else (other, words)
     first = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1) < HALF
