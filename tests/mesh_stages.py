@@ -37,12 +37,13 @@ LAWS = {  # passes, and the layers and meshes of each
     "kv_int8": (2, (TWO, CONTEXT)),
     "kv_fp8": (2, (TWO,)),
     "kv_int4": (4, (TWO, FOUR)),
+    "kv_window": (2, (TWO,)),
     "int8": (2, (TWO,)),
     "w8a8": (2, (TWO,)),
     "quarot": (2, (TWO,)),
     "int4": (4, (TWO, FOUR)),
 }
-OPTIONS = {"kv_int4": {"group": 8, "residual": 8}}
+OPTIONS = {"kv_int4": {"group": 8, "residual": 8}, "kv_window": {"sinks": 2, "window": 6}}
 ROWS = [[5, 6, 7, 5, 6, 7, 5, 6], [1, 2, 3], [9] * 5, [4, 8, 15, 16, 23, 42]]
 
 

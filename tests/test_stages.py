@@ -71,8 +71,8 @@ def test_prompts_are_cut_where_computing_dominates(rows, tokens, mesh, pieces):
 
 def test_every_pass_cache_and_table_of_rules_gives_in_stages_what_one_device_gives():
     found = lines("mesh_stages.py", "laws")
-    assert len(found) == 19 and {line["rules"] for line in found} == {"mixed", "fully_sharded", "data", "expert"}
-    names = {"none", "kv_int8", "kv_fp8", "kv_int4", "int8", "w8a8", "quarot", "int4"}
+    assert len(found) == 20 and {line["rules"] for line in found} == {"mixed", "fully_sharded", "data", "expert"}
+    names = {"none", "kv_int8", "kv_fp8", "kv_int4", "kv_window", "int8", "w8a8", "quarot", "int4"}
     assert {line["name"] for line in found} == names
     for line in found:
         rounds = "same_mesh" in line
