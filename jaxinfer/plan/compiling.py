@@ -34,7 +34,7 @@ class Compiled:
     code: float | int
     flops: float | int  # as XLA counts them: without kernels, and loops once
     bytes: float | int  # as XLA counts them: what its operations read and write, in VMEM too
-    trace_seconds: float | int
+    trace_seconds: float | int  # of all programs; one compiles while another is traced
     compile_seconds: float | int
     processor_seconds: float | int  # of both, on all cores: what does not grow with the machine's other work
     kernels: Mapping[str, float | int] | None  # None, as are collectives, of a program that can't be read back

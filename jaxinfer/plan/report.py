@@ -187,7 +187,7 @@ def compiled_text(phase: Phase) -> str:
         kernels = ", ".join(f"{name} x{n:g}" for name, n in c.kernels.items()) or "none, all of it is XLA's"
     each = " of each stage" if phase.turns.stages > 1 else ""
     how = "all layers as one program" if c.whole else f"cuts of {' and '.join(map(str, c.layers))} layers{each}, scaled"
-    seconds = f"{c.trace_seconds + c.compile_seconds:.1f} s, {c.processor_seconds:.1f} s of processors"
+    seconds = f"{c.processor_seconds:.1f} s of processors"
     return f"compiled in {seconds} ({how}); kernels: {kernels}"
 
 
