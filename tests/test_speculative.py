@@ -30,7 +30,7 @@ PROMPTS = [[3, 4, 5, 6, 3, 4, 5], [9], list(range(3, 43)), [7, 8] * 7]
 CACHES = {
     "dense": (), "kv_int8": ("kv_int8",), "kv_fp8": ("kv_fp8",), "kv_int4": ("kv_int4:group=8,residual=16",),
     "kv_window": ("kv_window:sinks=2,window=9",)}  # fmt: skip
-NAMES = ("itself", "rounded", "short_cache", "random", "ngram", "exit", "datastore", "lookahead")
+NAMES = ("itself", "rounded", "short_cache", "windowed", "random", "ngram", "exit", "datastore", "lookahead")
 
 
 CORPUS = (np.arange(500) ** 2 * 7 % 96).tolist()
@@ -50,6 +50,7 @@ def drafters() -> dict[str, object]:
         "itself": DraftModel(program.model, length=3),
         "rounded": DraftModel(apply(program, "int8").model, length=4),
         "short_cache": DraftModel(apply(program, "kv_int4:group=4,residual=0").model, length=1),
+        "windowed": DraftModel(apply(program, "kv_window:sinks=1,window=6").model, length=4),
         "random": DraftModel(other.model, length=5),
         "ngram": NGram(least=1, length=6),
         "exit": Exit(layers=1, length=3),
