@@ -116,18 +116,7 @@ def _program(args: argparse.Namespace, tokens: int):
     for name in ("config", "calibrate"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name}: --random-weights takes an architecture by MODEL alone; leave it out")
-    import jax
-
-    from jaxinfer import loading
-    from jaxinfer.eval.bench import random_program
-    from jaxinfer.plan.shapes import find_shape
-
-    loading.enable_compilation_cache()
-    config, _ = find_shape(args.model or "smollm2-135m")
-    # Random weights know no context: let the positions go on as far as they are asked for.
-    config = dataclasses.replace(config, max_context=max(config.max_context, tokens))
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return random_program(config, args.dtype or default)
+    return options.random_weights(args.model, args.dtype, tokens)
 
 
 def _about(args: argparse.Namespace, limits: Any) -> dict[str, Any]:

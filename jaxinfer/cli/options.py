@@ -150,6 +150,26 @@ def load(config, progress: bool = False):
     return configuration.from_config(config, progress=progress)
 
 
+def random_weights(name: str | None, dtype: str | None, tokens: int):
+    """Return a program of a published shape, or of a model by its name, with random weights for `tokens` tokens.
+
+    In bfloat16 unless told, on a CPU in float32.
+    """
+    import dataclasses
+
+    import jax
+
+    from jaxinfer import loading
+    from jaxinfer.eval.bench import random_program
+    from jaxinfer.plan.shapes import find_shape
+
+    loading.enable_compilation_cache()
+    config, _ = find_shape(name or "smollm2-135m")
+    # Random weights know no context: let the positions go on as far as they are asked for.
+    config = dataclasses.replace(config, max_context=max(config.max_context, tokens))
+    return random_program(config, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
 def generating(args: argparse.Namespace, config, recommended: Mapping[str, Any] | None = None) -> Generating:
     """Return the options of `add_generating`: flags win over --config, which wins over `recommended`."""
     options = config.generate.to_dict()

@@ -19,6 +19,7 @@ from jaxinfer.decode.speculative import Speculative
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
 from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.tree import replace
 
 TIE = 1e-3  # what float32 scores of a tie differ by, at most
 _ANY = np.int32(1 << 30)
@@ -91,8 +92,7 @@ class Bench:
             return program
         if (name, slots) not in self._costs:
             self._costs[name, slots] = costs_of(program.model, decoder.drafter, decoder.widths, 1, slots, anew=True)
-        fields = dict(verifier=decoder.verifier, adapt=decoder.adapt, costs=self._costs[name, slots])
-        return program.replace(decoder=Speculative(decoder.drafter, **fields))
+        return program.replace(decoder=replace(decoder, costs=self._costs[name, slots]))
 
 
 def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:

@@ -33,6 +33,8 @@ def table(records: Sequence[Mapping[str, Any]], drafters: Sequence[str]) -> list
             found = summary(answers, plain)
             most = max(r["gap"][drafter] for r in own)
             equal = f"{found['same']}/{len(own)}" + ("" if most == 0 else f", gap {most:.1e}")
+            if any(r.get("synthetic") for r in own):  # whose verdicts were drawn
+                equal = "-"
             span = f"{found['speedup_p10']:.2f}-{found['speedup_p90']:.2f}"
             rows.append({"drafter": drafter, "category": category, "range": span, "equal": equal, **found})
     return rows
