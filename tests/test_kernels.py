@@ -38,7 +38,9 @@ def test_a_kernel_has_cases_a_table_and_a_reference_that_tells_inputs_apart(name
     found = kernel(name)
     assert len({c.name for c in [*found.tests, *found.timed]}) == len(found.tests) + len(found.timed)
     tuned = {(entry["chip"], entry["case"]) for entry in tuning.table(name)}
-    assert tuned == {(chip, case.name) for chip in ("v5e", "v6e") for case in found.timed}
+    whole = {(chip, case.name) for chip in ("v5e", "v6e") for case in found.timed}
+    # The simulator can't tell all of the other chips' cases; what has no entry of its own class takes another's.
+    assert whole <= tuned <= whole | {(chip, case.name) for chip in ("v5p", "tpu7x") for case in found.timed}
     for entry in tuning.table(name):  # a case is run with the blocks that were found for it
         assert tuning.blocks(name, entry["chip"], entry["class"]) == entry["blocks"]
         case = next(c for c in found.timed if c.name == entry["case"])
