@@ -6,6 +6,7 @@ import json
 import plan_accuracy
 import plan_matrix
 import pytest
+from command import ROOT
 from test_plan import hf_config
 
 from jaxinfer.errors import InputError
@@ -61,6 +62,13 @@ def test_the_matrix_says_why_a_cell_is_not_there(tmp_path, capsys):
     assert plan_matrix._cell(None) == "not run"
     plan_matrix.main([*command, "--markdown"])
     assert [line for line in capsys.readouterr().out.splitlines() if asked.model in line] == lines
+
+
+def test_the_readme_has_the_matrix_of_the_rows_that_were_planned():
+    lines = (ROOT / "benchmarks" / "results" / "plan_matrix" / sweep.NAME).read_text().splitlines()
+    names = (plan_matrix.MODELS, plan_matrix.PASSES, plan_matrix.TOPOLOGIES)
+    table = plan_matrix.markdown([json.loads(line) for line in lines], *map(list, names))
+    assert table.count("tok/s") > 40 and table in (ROOT / "README.md").read_text()
 
 
 def test_published_products_are_predicted_within_a_fifth():
