@@ -113,7 +113,8 @@ class KiviLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], "KiviLayer"]:
         """Attend over the packed groups, and over the recent tokens."""
         residual = self.kind.residual
-        check_tree(tree, q.shape[1], min(residual, SLACK), f" of residual={residual}")
+        fix = ", or keep more tokens as they are"
+        check_tree(tree, q.shape[1], min(residual, SLACK), f" of residual={residual}", fix)
         held, heads = self.recent.held(positions), self.recent.k.shape[1]
         options = dict(scale=scale, window=window, softcap=softcap)
         options |= dict(residual=residual, consecutive=tree is None)  # none of a tree's nodes is packed yet

@@ -122,7 +122,7 @@ class Ring(nnx.Module):
         return cut(self.chunk.k), cut(self.chunk.v), slots
 
 
-def check_tree(tree: TokenTree | None, nodes: int, most: int, why: str) -> None:
+def check_tree(tree: TokenTree | None, nodes: int, most: int, why: str = "", fix: str = "") -> None:
     """Raise InputError where a tree has more nodes than a cache takes, which would leave the ring too soon."""
     if tree is not None and nodes > most:
-        raise InputError(f"a tree of {nodes} nodes: this cache{why} takes at most {most}; draft fewer")
+        raise InputError(f"a tree of {nodes} nodes: this cache{why} takes at most {most}; draft fewer{fix}")

@@ -86,7 +86,7 @@ class StreamingLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], "StreamingLayer"]:
         """Attend over the sinks, with queries that are turned towards them, and over the recent tokens."""
         kind, heads, held = self.kind, self.k.shape[1], self.recent.held(positions)
-        check_tree(tree, q.shape[1], SLACK, "")
+        check_tree(tree, q.shape[1], SLACK)
         reach = kind.window if window is None else min(window, kind.window)
 
         def attend(q: Array, positions: Array, first: Array, turned: Array) -> Array:

@@ -113,10 +113,7 @@ def _program(args: argparse.Namespace, tokens: int):
     if not args.random_weights:
         args.passes = None
         return options.load(options.read_config(args), progress=sys.stderr.isatty())
-    for name in ("config", "calibrate"):
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name}: --random-weights takes an architecture by MODEL alone; leave it out")
-    return options.random_weights(args.model, args.dtype, tokens)
+    return options.random_weights(args, tokens)
 
 
 def _about(args: argparse.Namespace, limits: Any) -> dict[str, Any]:

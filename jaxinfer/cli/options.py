@@ -150,13 +150,17 @@ def load(config, progress: bool = False):
     return configuration.from_config(config, progress=progress)
 
 
-def random_weights(name: str | None, dtype: str | None, tokens: int):
+def random_weights(args: argparse.Namespace, tokens: int):
     """Return a program of a published shape, or of a model by its name, with random weights for `tokens` tokens.
 
     In bfloat16 unless told, on a CPU in float32.
-    """
-    import dataclasses
 
+    Raises:
+        InputError: options that ask for more than an architecture.
+    """
+    for name in ("config", "calibrate"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}: --random-weights takes an architecture by MODEL alone; leave it out")
     import jax
 
     from jaxinfer import loading
@@ -164,10 +168,10 @@ def random_weights(name: str | None, dtype: str | None, tokens: int):
     from jaxinfer.plan.shapes import find_shape
 
     loading.enable_compilation_cache()
-    config, _ = find_shape(name or "smollm2-135m")
+    config, _ = find_shape(args.model or "smollm2-135m")
     # Random weights know no context: let the positions go on as far as they are asked for.
     config = dataclasses.replace(config, max_context=max(config.max_context, tokens))
-    return random_program(config, dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    return random_program(config, args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
 def generating(args: argparse.Namespace, config, recommended: Mapping[str, Any] | None = None) -> Generating:

@@ -99,10 +99,7 @@ def _synthetic(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) or default for name, default in _SYNTHETIC.items()}
     shape = synthetic.Shape(args.acceptance, **given, new_tokens=args.max_new_tokens, adapt=not args.always)
     if args.random_weights:
-        for name in ("config", "calibrate"):
-            if getattr(args, name) is not None:
-                raise InputError(f"--{name}: --random-weights takes an architecture by MODEL alone; leave it out")
-        program = options.random_weights(args.model, args.dtype, shape.context + shape.new_tokens)
+        program = options.random_weights(args, shape.context + shape.new_tokens)
         program = apply(program, *args.passes) if args.passes else program
     else:
         program = options.load(options.read_config(args), progress=sys.stderr.isatty())

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from jaxinfer.cache.streaming import Streaming
 from jaxinfer.models.moe import Experts
-from jaxinfer.ops.quantized import is_quantized, nbytes
+from jaxinfer.ops.quantized import is_quantized
 from jaxinfer.passes.quantization.nodes import DynamicEmbedding, DynamicExperts, DynamicLinear
 from jaxinfer.plan.building import Built
 from jaxinfer.sharding.names import owner
@@ -116,14 +117,14 @@ def _attention(built: Built, rows: int, tokens: int, before: int, context: int) 
     config = built.model.config
     over = built.ways("sequence", 0)  # a number that every mesh divides, as slots are chosen to be
     length = max(context, before + tokens) if over > 1 else before + tokens
-    (cache, lies), (longer, _) = built.cache(rows, length), built.cache(rows, 2 * length)
+    cache, lies = built.cache(rows, length)
     slots = _slots(cache.layers)
     slots, most = slots // over, slots // over if over > 1 else before + tokens
     size, flops = 0.0, 0.0
     ways = built.ways("batch", rows) * built.ways("heads", config.num_heads)
-    for i, (layer, lie, twice) in enumerate(zip(cache.layers, lies.layers, longer.layers, strict=True)):
-        window, read = config.window(i) or before + tokens, slots
-        if nbytes(layer) == nbytes(twice):  # it lets go of tokens: of what it holds all is read
+    for i, (layer, lie, block) in enumerate(zip(cache.layers, lies.layers, built.model.layers, strict=True)):
+        window, read, kind = config.window(i) or before + tokens, slots, block.attention.cache
+        if isinstance(kind, Streaming) and kind.window < slots:  # it lets go of tokens: of what it holds all is read
             read = _slots(layer)
             window = min(window, read)
         live = min(before + tokens, window + tokens - 1, most)
