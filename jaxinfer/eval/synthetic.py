@@ -70,10 +70,6 @@ class SyntheticSpeculation(Speculative):
 
     acceptance: float = nnx.static(default=0.7, kw_only=True)
 
-    def __post_init__(self):
-        if not 0 <= self.acceptance <= 1:
-            raise InputError(f"acceptance={self.acceptance}: must be from 0 to 1")
-
     @property
     def expected(self) -> float:
         """Tokens a step, where the whole draft is always checked."""
@@ -97,6 +93,11 @@ class Shape:
     texts: int
     new_tokens: int
     adapt: bool = True
+
+    def __post_init__(self):
+        for chance in self.acceptance:
+            if not 0 <= chance <= 1:
+                raise InputError(f"acceptance={chance}: must be from 0 to 1")
 
 
 def measure(program: Program, shape: Shape) -> Iterator[dict[str, Any]]:
