@@ -95,10 +95,10 @@ def compile_cases(names: list[str], cases: list[str] | None, timed: bool, dump: 
 
 def main(argv: list[str] | None = None) -> None:
     """Compile what the command line names."""
-    from pallas_kernels.kernels import KERNELS
+    from pallas_kernels.kernels import ON_GPUS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--kernels", default=",".join(ON_GPUS))
     parser.add_argument("--cases", default=None, help="default: every case")
     parser.add_argument("--timed", action="store_true", help="the timed cases instead of the tests'")
     parser.add_argument("--dump", type=Path, default=None, help="keep what the compiler writes of the last case here")

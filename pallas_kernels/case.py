@@ -79,12 +79,12 @@ class Kernel:
     """A kernel and what belongs to it."""
 
     name: str
-    tpu: Callable[..., Any]  # (**inputs, **options, blocks=None, interpret=False)
+    tpu: Callable[..., Any] | None  # (**inputs, **options, blocks=None, interpret=False)
     reference: Callable[..., Any]  # (**inputs, **options), in float32
     tests: Sequence[Case]  # small: checked by the interpreters and compiled for every chip
     timed: Sequence[Case]  # of real sizes: profiled and timed
-    candidates: Callable[[Case, str], Sequence[dict[str, int]]]  # blocks worth trying for a case on a chip
-    shape_class: Callable[..., dict[str, int | str]]  # (**inputs, **options): the key of the tuned table
+    candidates: Callable[[Case, str], Sequence[dict[str, int]]] | None  # blocks worth trying for a case on a chip
+    shape_class: Callable[..., dict[str, int | str]] | None  # (**inputs, **options): the key of the tuned table
     peers: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)  # others' kernels, same arguments
     peer_bytes: Mapping[str, Callable[[Case], float]] = dataclasses.field(default_factory=dict)  # where they read more
     gpu: Callable[..., Any] | None = None  # as `tpu`, for a Hopper GPU

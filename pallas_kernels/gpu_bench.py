@@ -85,6 +85,7 @@ def timed(names: Sequence[str], cases: Sequence[str] | None, peers: bool, tune: 
 
 
 def _peer(kernel: Kernel, case: Case, name: str, peer: Callable[..., Any]) -> Timed:
+    case = dataclasses.replace(case, donated=())  # others' change nothing in place
     prepare = getattr(peer, "prepare", None)
     if prepare is None:
         return Timed(kernel, case, name, functools.partial(peer, **case.options))
@@ -145,6 +146,8 @@ def block_tables(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
         kernel = find(name)
         (which,) = (c for c in kernel.gpu_timed or kernel.timed if c.name == case)
         shape = kernel.gpu_class(**which.shapes, **which.options)
+        if any(json.loads(entry)["class"] == shape for entry in entries):
+            continue
         line = {"chip": chip, "case": case, "class": shape, "blocks": best["blocks"], "us": round(best["us"], 2)}
         entries.append(json.dumps(line))
     return {name: "[\n" + ",\n".join(entries) + "\n]\n" for name, entries in found.items()}

@@ -119,6 +119,7 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
     size = max(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)), 1)
     count = int(min(max(_CACHED / size, _CALLS[0]), _CALLS[1])) if size < _LARGE else 2
     call = (lambda kept, given: run(**kept, **given)) if prepare is None else (lambda kept, given: run(*kept))
+    names = [name for name in case.donated if name in case.shapes]  # in the order of what a call gives back
     one = jax.jit(call)  # traced and lowered once for all calls
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -128,7 +129,7 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
             tied, _ = jax.lax.optimization_barrier((kept, carry[1]))
             found = [one(a, b) for a, b in zip(tied, given, strict=True)]
             if case.donated:
-                given = [dict(zip(g, x[-1], strict=True)) for g, x in zip(given, found, strict=True)]
+                given = [dict(zip(names, x[-1], strict=True)) for x in found]
             firsts = [jax.tree.leaves(x)[0].ravel()[0] for x in found]
             return given, sum(x.astype(jnp.float32) for x in firsts)
 

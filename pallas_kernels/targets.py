@@ -18,11 +18,10 @@ def kernel(of: types.ModuleType) -> Callable[..., Any]:
     """Return a kernel's function for that device; that for TPUs where it is none, as for an interpreter.
 
     Raises:
-        NotImplementedError: there is none for GPUs.
+        NotImplementedError: there is none for it.
     """
-    if platform() != "cuda":
-        return of.tpu
-    found = getattr(of, "gpu", None)
+    which = "gpu" if platform() == "cuda" else "tpu"
+    found = getattr(of, which, None)
     if found is None:
-        raise NotImplementedError(f"{of.__name__.rsplit('.', 1)[-1]}: has no kernel for GPUs")
+        raise NotImplementedError(f"{of.__name__.rsplit('.', 1)[-1]}: has no kernel for {which.upper()}s")
     return found

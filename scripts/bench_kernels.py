@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pallas_kernels import chips, gpu_bench, static_profile, tuning
-from pallas_kernels.kernels import KERNELS, kernel
+from pallas_kernels.kernels import KERNELS, ON_GPUS, kernel
 
 BUDGET = Path(__file__).resolve().parent.parent / "pallas_kernels" / "budget.json"
 KEY = ("kernel", "case", "chip", "implementation")
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="with --gpu: check, and time nothing")
     parser.add_argument("--no-check", action="store_true", help="with --gpu: time, and check nothing")
     parser.add_argument("--tune", action="store_true", help="with --gpu: try every candidate's blocks too")
-    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--kernels", default=None, help="default: every kernel there is for the device")
     parser.add_argument("--cases", default=None, help="default: every timed case")
     parser.add_argument("--no-peers", action="store_true", help="our kernels alone")
     parser.add_argument("--out", type=Path, default=None, help="also write the lines to this file, and go on with it")
@@ -132,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.tpu_static is None and not args.gpu:
         parser.error("nothing to do: --tpu-static CHIPS, --gpu, --table FILE, --budget FILE or --gpu-blocks FILE")
-    for name, known in ((args.kernels, KERNELS), (args.tpu_static or "v5e", chips.CHIPS)):
+    there = ON_GPUS if args.gpu else KERNELS
+    args.kernels = args.kernels or ",".join(there)
+    for name, known in ((args.kernels, there), (args.tpu_static or "v5e", chips.CHIPS)):
         unknown = [x for x in name.split(",") if x not in known]
         if unknown:
             parser.error(f"{unknown[0]!r}: must be of {', '.join(known)}")

@@ -28,6 +28,20 @@ from pallas_kernels.decode_attention import gpu_rows
 from pallas_kernels.kernels import kernel
 
 CALL = "mosaic_gpu_v2"
+# The cases of the README's tables.
+SHOWN = (
+    "g4_b1_s8192,g4_b4_s8192,g4_b16_s8192,g4_b64_s8192,g4_b1_s32768,g4_b16_s32768,g4_b1_s8192_int8,g4_b4_s8192_int8,"
+    "g4_b16_s8192_int8,g4_b64_s8192_int8,g4_b16_s8192_fp8,g4_b1_s8192_p64,g4_b16_s8192_p64,g4_b64_s8192_p64,"
+    "g4_b16_s8192_p16,g4_b16_s8192_p64_int8,gpu_s4096,gpu_s8192,gpu_s16384,gpu_s8192_window,gpu_t512_s8192,"
+    "gpu_s8192_sparse,w8a16_m1_i4096_o14336,w8a16_m8_i4096_o14336,w8a16_m16_i4096_o14336,w4a16_m1_i4096_o14336,"
+    "w4a16_m8_i4096_o14336,w4a16_m16_i4096_o14336,w8a16_m1_i14336_o4096,w8a16_m16_i14336_o4096,w4a16_m1_i14336_o4096,"
+    "w4a16_m16_i14336_o4096,fp8a16_m1_i4096_o14336,w8a8_m1_i4096_o14336,w8a8_m16_i4096_o14336"
+)
+TUNED = (
+    "w8a16_m1_i4096_o4096,w8a16_m1_i4096_o14336,w8a16_m8_i4096_o14336,w8a16_m16_i4096_o14336,w8a16_m8_i14336_o4096,"
+    "w8a16_m16_i14336_o4096,w4a16_m8_i4096_o14336,w4a16_m16_i4096_o14336,w4a16_m8_i14336_o4096,w4a16_m16_i14336_o4096,"
+    "g4_b1_s8192,g4_b1_s8192_p64"
+)
 
 
 def lowered(fn, *args) -> str:
@@ -64,7 +78,10 @@ def test_products_with_quantized_weights_are_the_kernels(qtype, group):
 def test_products_of_integers_are_the_kernels():
     x = struct(1, 1, 512)
     int8, int4 = (round_to_nearest(jnp.ones((256, 512), jnp.float32), 1, *how) for how in (("int8",), ("int4", 128)))
-    assert CALL in lowered(functools.partial(einsum_int8, "btd,fd->btf"), x, int8)
+    product = functools.partial(einsum_int8, "btd,fd->btf")
+    assert CALL in lowered(functools.partial(product, group=128), x, int8)
+    assert CALL in lowered(functools.partial(product, implementation="pallas"), x, int8)
+    assert CALL not in lowered(product, x, int8)  # XLA's own is faster with one scale a row
     assert CALL in lowered(functools.partial(einsum_int4_int8, "btd,fd->btf"), x, int4)
 
 
@@ -117,7 +134,9 @@ def test_a_case_is_checked_by_its_reference_and_timed_in_a_loop(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(gpu_measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     limits = {"copy_bandwidth": 1e9, "flops": 1e9}
-    for name, case in (("paged_decode_attention", "bf16"), ("quantized_matmul", "int8")):
+    for name, case in (
+        ("paged_decode_attention", "bf16"), ("paged_decode_attention", "int8"), ("quantized_matmul", "int8"),
+    ):  # fmt: skip
         found = kernel(name)
         case = next(c for c in found.tests if c.name == case)
         same = dataclasses.replace(found, gpu=_without_blocks(found.reference))
@@ -212,15 +231,15 @@ def test_the_tables_of_blocks_are_of_the_cases_and_lower(name):
 
 def test_the_tables_of_the_readme_are_those_of_the_results(capsys):
     results, readme = ROOT / "benchmarks" / "results", (ROOT / "README.md").read_text()
-    for script, name in (
-        (bench_kernels, "kernels_h100"),
-        (bench_kernels, "kernels_h200"),
-        (profile_gpu_step, "step_h100"),
+    for script, name, cases in (
+        (bench_kernels, "kernels_h100", SHOWN),
+        (bench_kernels, "tune_h100", TUNED),
+        (profile_gpu_step, "step_h100", ""),
     ):
-        script.main(["--table", str(results / f"{name}.jsonl")])
+        script.main(["--table", str(results / f"{name}.jsonl"), *(["--cases", cases] if cases else [])])
         assert capsys.readouterr().out.strip() in readme
     checks = [json.loads(line) for line in (results / "checks_h100.jsonl").read_text().splitlines()]
-    assert len(checks) == 92 and sum(x.get("ok", False) for x in checks) == 84
+    assert len(checks) == 99 and sum(x.get("ok", False) for x in checks) == 95
     assert all(x.get("ok") or "unsupported" in x for x in checks)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.ops.einsum import einsum
-from jaxinfer.ops.norm import rms_norm
+from jaxinfer.ops.norm import add_rms_norm, rms_norm
 from jaxinfer.ops.quantized import take_rows
 
 Leaf = Any  # an array, a shape (jax.ShapeDtypeStruct), or whatever leaf a pass put in its place
@@ -40,6 +40,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return rms_norm(x, self.scale, self.eps)
+
+    def after(
+        self, x: Float[Array, "*B D"], y: Float[Array, "*B D"]
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+        """Return `x + y` and the norm of it."""
+        return add_rms_norm(x, y, self.scale, self.eps)
 
 
 @nnx.dataclass

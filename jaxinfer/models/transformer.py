@@ -107,8 +107,8 @@ class Block(nnx.Module):
 
     def __call__(self, x, positions, cache, start, counts, tree=None):
         y, cache = self.attention(self.attention_norm(x), positions, cache, start, counts, tree)
-        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
-        y = self.mlp(self.mlp_norm(x))
+        x, y = self.mlp_norm.after(x, y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = self.mlp(y)
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), cache
 
 

@@ -1,12 +1,47 @@
-"""Root-mean-square normalization."""
+"""Root-mean-square normalization, alone and of the sum that a residual becomes."""
+
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxinfer.ops.implementation import choose
+from pallas_kernels import rms_norm as kernels
+from pallas_kernels import targets
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+FEW_ROWS, WIDE = 64, 1024  # with which what launches cost is most of the time; else XLA makes one kernel by itself
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float, implementation: str | None = None
+) -> Float[Array, "*B D"]:
     """Return `x / sqrt(mean(x^2) + eps) * scale` over the last axis, computed in float32 (1910.07467)."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    return _normed(implementation, eps, x, scale)
+
+
+def add_rms_norm(
+    x: Float[Array, "*B D"], y: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:  # fmt: skip
+    """Return `x + y` and its `rms_norm`."""
+    return _normed(implementation, eps, x, scale, y)
+
+
+def _normed(implementation: str | None, eps: float, x: Array, scale: Array, *add: Array) -> Any:
+    def xla(x: Array, scale: Array, *add: Array) -> Any:
+        return kernels.reference(x, scale, eps=eps, add=add[0] if add else None)
+
+    @jax.custom_jvp
+    def pallas(x: Array, scale: Array, *add: Array) -> Any:
+        rows = [a.reshape(-1, a.shape[-1]) for a in (x, *add)]
+        found = targets.kernel(kernels)(rows[0], scale, eps=eps, add=rows[1] if add else None)
+        return jax.tree.map(lambda a: a.reshape(x.shape), found)
+
+    @pallas.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return pallas(*primals), jax.jvp(xla, primals, tangents)[1]
+
+    D = x.shape[-1]
+    if implementation is None and (x.size > FEW_ROWS * D or D < WIDE):
+        implementation = "xla"
+    return choose(implementation, pallas, xla, x, scale, *add)

@@ -61,6 +61,12 @@ class RotatedNorm(RMSNorm):
             x = rotation(x)
         return x
 
+    def after(
+        self, x: Float[Array, "*B D"], y: Float[Array, "*B D"]
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+        """Return `x + y` and the norm of it."""
+        return x + y, self(x + y)
+
 
 @nnx.dataclass
 class HadamardLinear(nnx.Module):
