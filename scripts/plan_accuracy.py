@@ -1,11 +1,12 @@
-"""How good are a plan's times? Published measurements, what a plan says of the same set-up, and the error of each.
+"""How good are a plan's times? Measurements, what a plan says of the same set-up, and the error of each.
 
     python scripts/plan_accuracy.py [--out accuracy.jsonl]
 
-Only figures whose set-up is stated, with their source; nothing here was measured by us. A ratio below 1 says that the
-plan is optimistic. The planner's share of HBM bandwidth (0.86) is that of one product of tokamax's on a v5e, and its
-shares of attention on H100 and TPU7x are from the rows of cuDNN and splash: these two are no test. Throughputs of
-servers hold prompts too, and a plan's decode steps none.
+Published figures whose set-up is stated, with their source, and decode steps that we measured on an H100
+(`benchmarks/results/step_h100.jsonl`). A ratio below 1 says that the plan is optimistic. The planner's share of HBM
+bandwidth (0.86) is that of one product of tokamax's on a v5e, and its shares of attention on H100 and TPU7x are from the
+rows of cuDNN and splash: these two are no test. Nor is the H100's bfloat16 step, which says what a launch takes there.
+Throughputs of servers hold prompts too, and a plan's decode steps none.
 """
 
 import argparse
@@ -29,6 +30,8 @@ JETSTREAM = (
     "github.com/AI-Hypercomputer/jetstream-pytorch, benchmarks/summary.md, 2024: serving ShareGPT, prompts included"
 )
 BOOK = "How to Scale Your Model, part 8: computed there, not measured; without network and repeated key heads"
+STEPS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "step_h100.jsonl"
+OURS = "benchmarks/results/step_h100.jsonl, measured by scripts/profile_gpu_step.py's loop"
 RPA = "arXiv 2604.15464: Llama-3-8B on TPU7x"
 
 
@@ -110,6 +113,21 @@ def book() -> list[Claim]:
     return found
 
 
+def steps() -> Iterator[Claim]:
+    """Yield decode steps that we measured on an H100, in milliseconds."""
+    for line in map(json.loads, STEPS.read_text().splitlines()):
+        passes = () if line["variant"] == "baseline" else (line["variant"],)
+        if "," in line["variant"]:  # another implementation than the plan's
+            continue
+        asked = Request(
+            model=line["model"], topology="h100:1", passes=passes, batch=line["batch"],
+            context=line["context"] + 64, phases=("decode",),
+        )  # fmt: skip
+        times = plan(asked, compiling=False).phases["decode"].times
+        what = f"{line['model']} {line['variant'].replace('baseline', 'bf16')} on an H100, batch {line['batch']}"
+        yield Claim(f"{what}, {line['context']} tokens", "ms", line["step_ms"], 1e3 * times.step, OURS)
+
+
 def shares() -> list[Claim]:
     """Return what ragged paged attention gets of a TPU7x's peaks, in percent."""
     return [
@@ -123,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="also write a JSON line a claim")
     args = parser.parse_args(argv)
-    claims = [*products(), *attentions(), *servers(), *book(), *shares()]
-    print("| what | published | planned | planned / published time | source |\n|---|---:|---:|---:|---|")
+    claims = [*products(), *attentions(), *servers(), *steps(), *book(), *shares()]
+    print("| what | measured | planned | planned / measured time | source |\n|---|---:|---:|---:|---|")
     for c in claims:
         print(f"| {c.what} | {c.published:.4g} {c.unit} | {c.planned:.4g} {c.unit} | {c.ratio:.2f} | {c.source} |")
     if args.out:

@@ -192,6 +192,34 @@ ENTRY %main (p: f32[8]) -> f32[8] {
         hlo.Collective("collective-permute", 16, (0, 2)): 1,
     }
     assert found.kernels == {"decode": 1}
+    once = ("all-gather", "reduce-scatter", "all-to-all", "collective-permute", "custom-call", "copy")
+    assert found.launches == {"fusion": 3, "all-reduce": 1 + 3, **dict.fromkeys(once, 1)}
+
+
+def test_launches_of_a_gpus_program_take_time_and_are_counted_once_each():
+    text = """
+%fused_add (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  ROOT %a = f32[8] add(%p, %p)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  %b = f32[4,2] bitcast(%x)
+  %f = f32[8] fusion(%x), kind=kLoop, calls=%fused_add
+  %k = f32[8] custom-call(%f), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/rms_norm/mpmd_map"}
+  ROOT %t = (f32[8]) tuple(%k)
+}
+"""
+    found = hlo.read(text)
+    assert found.launches == {"fusion": 1, "custom-call": 1} and found.kernels == {"rms_norm": 1}
+    asked = dataclasses.replace(ASKED, model="llama3-8b", topology="h100:1", mesh="model=1", phases=("decode",))
+    one, more = (plan(dataclasses.replace(asked, batch=batch), compiling=False).phases["decode"] for batch in (1, 2))
+    assert one.times.launches == one.launches * 1.8e-6 == more.times.launches
+    parts = one.times.memory + one.times.products + one.times.network
+    assert one.times.step == pytest.approx(parts + one.times.launches)
+    on_tpu = plan(dataclasses.replace(asked, topology="v5e:1x1"), compiling=False).phases["decode"]
+    assert on_tpu.times.launches == 0 < on_tpu.launches
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_does(tmp_path):
@@ -305,7 +333,7 @@ def hf_config(**changes) -> dict:
 
 
 def test_collectives_are_counted_where_a_program_can_not_be_read_back():
-    sums = dict.fromkeys(("arguments", "cache", "code", "flops", "bytes", "temporaries"), 8)
+    sums = dict.fromkeys(("arguments", "cache", "code", "flops", "bytes", "launches", "temporaries"), 8)
     seconds = dict.fromkeys(("trace_seconds", "compile_seconds", "processor_seconds"), 1.0)
     read = {**sums, **seconds, "kernels": {"decode": 1}, "collectives": [["all-reduce", 64, [0, 1], 2]]}
     cuts = (((0,), -1), ((0, 0), 2))

@@ -71,7 +71,9 @@ def test_the_readme_has_the_matrix_of_the_rows_that_were_planned():
     assert table.count("tok/s") > 40 and table in (ROOT / "README.md").read_text()
 
 
-def test_published_products_are_predicted_within_a_fifth():
+def test_products_and_steps_are_predicted_within_a_fifth():
     assert all(0.8 < claim.ratio < 1.05 for claim in plan_accuracy.products())
+    ours = list(plan_accuracy.steps())
+    assert len(ours) == 3 and all(0.95 < claim.ratio < 1.1 for claim in ours)
     served = next(plan_accuracy.servers())
     assert "llama3-8b bf16" in served.what and 0.65 < served.ratio < 1  # it serves prompts too

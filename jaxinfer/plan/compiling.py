@@ -17,7 +17,7 @@ from jaxinfer.plan.hlo import Collective
 from jaxinfer.plan.topology import Topology, environment
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SUMS = ("arguments", "cache", "code", "flops", "bytes")  # what each further layer adds to
+_SUMS = ("arguments", "cache", "code", "flops", "bytes", "launches")  # what each further layer adds to
 _SECONDS = ("trace_seconds", "compile_seconds", "processor_seconds")
 _LIMIT = 3600  # seconds after which a compiler is stopped
 
@@ -34,6 +34,7 @@ class Compiled:
     code: float | int
     flops: float | int  # as XLA counts them: without kernels, and loops once
     bytes: float | int  # as XLA counts them: what its operations read and write, in VMEM too
+    launches: float | int  # operations that run by themselves, and fusions
     trace_seconds: float | int  # of all programs; one compiles while another is traced
     compile_seconds: float | int
     processor_seconds: float | int  # of both, on all cores: what does not grow with the machine's other work

@@ -22,6 +22,13 @@ from jaxinfer.sharding.cache import STAGE
 from jaxinfer.sharding.specs import shard_bytes
 from jaxinfer.tree import select
 
+LAUNCHES = 16  # of a layer, about: its products, norms, attention and cache, and what XLA fuses between them
+
+
+def estimated_launches(built: Built) -> int:
+    """Return about how many kernels a step launches."""
+    return LAUNCHES * len(built.model.layers)
+
 
 def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collective, float | int]:
     """Return the collectives of a step of `rows` rows of `tokens` new tokens."""

@@ -21,6 +21,7 @@ class Hardware:
     wraps: int  # a dimension of a multiple of this many chips is a ring; others are lines
     attention: float | int  # share of the products' peak that attention of prompts gets
     cores: int = 1
+    launch: float | int = 0.0  # seconds that each kernel of a program takes beside its bytes
     source: str = ""
 
     @property
@@ -54,6 +55,8 @@ def _tpu(
 
 # Attention of prompts: of v5e and v6e the static estimates of our kernel (its softmax, not the MXU, is the limit on
 # v6e), of tpu7x and H100 what tokamax's splash attention and cuDNN were measured to get; of v5p and v4 as of v5e.
+# What a launch takes on an H100 is what a bfloat16 step of Llama-3-8B's shape took there beyond its bytes at the share
+# below, over its 467 kernels (`benchmarks/results/step_h100.jsonl`). On a TPU a program is one.
 HARDWARE = {
     "v5e": _tpu("v5e", 16, 45e9, 2, 16, 0.70),
     "v5p": _tpu("v5p", 95, 90e9, 3, 4, 0.70),
@@ -66,6 +69,6 @@ HARDWARE = {
     ),
     "h100": Hardware(
         name="h100", hbm=80e9, bandwidth=3.35e12, flops=989e12, int8=1979e12, link=450e9, dims=0, wraps=1,
-        attention=0.65, source="NVIDIA's data sheet of the H100 SXM",
+        attention=0.65, launch=1.8e-6, source="NVIDIA's data sheet of the H100 SXM",
     ),
 }  # fmt: skip

@@ -8,9 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+# What is no kernel of a GPU's by itself.
+_NO_WORK = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
+    "replica-id", "while", "conditional", "call", "async-start", "async-update", "async-done",
+}  # fmt: skip
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "c64": 64, "token": 0, "opaque": 0}
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)')
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 
 
@@ -23,10 +29,14 @@ class Collective(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a program runs, and how often: collectives, and calls of kernels by name."""
+    """What a program runs, and how often: collectives, calls of kernels by name, and what is launched, by its kind.
+
+    A launch is an operation by itself, or a fusion: on a GPU a kernel, or a copy.
+    """
 
     collectives: collections.Counter[Collective]
     kernels: collections.Counter[str]
+    launches: collections.Counter[str]
 
 
 def read(text: str) -> Found:
@@ -35,7 +45,7 @@ def read(text: str) -> Found:
     A loop counts as often as it is known to run, else once; of the branches of a conditional the last one counts.
     """
     computations, entry = _computations(text)
-    found = Found(collections.Counter(), collections.Counter())
+    found = Found(collections.Counter(), collections.Counter(), collections.Counter())
     _walk(computations, entry, 1, found)
     return found
 
@@ -57,18 +67,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int, found: Found) -> None:
+def _walk(computations: dict[str, list[str]], name: str, times: int, found: Found, fused: bool = False) -> None:
     for line in computations.get(name, ()):
         operation = _OPERATION.match(line)
         if operation is None:
             continue
         this, shape, kind, rest = operation.groups()
         base = kind.removesuffix("-start")
+        if not fused and kind not in _NO_WORK and not kind.endswith("-done"):
+            found.launches[base] += times
         if base in KINDS:
             group = _group(rest)
             found.collectives[Collective(base, _moved(base, kind, shape, len(group)), group)] += times
-        elif kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in rest:
-            called = re.search(r'/([\w.\-]+)/pallas_call"', rest)
+        elif kind == "custom-call" and _KERNEL.search(rest):
+            called = re.search(r'/([\w.\-]+)/(?:pallas_call|mpmd_map)"', rest)
             found.kernels[called[1] if called else "kernel"] += times
         elif kind == "while":
             body = re.search(r"body=%?([\w.\-]+)", rest)[1]
@@ -81,7 +93,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, found: Foun
             # What runs on a TPU while a collective is on its way holds that too, as its end does: its start counts.
             for called in () if this.startswith("async-collective-done") else _CALLED.findall(rest):
                 if not called.startswith("async_collective_fusion"):
-                    _walk(computations, called, times, found)
+                    _walk(computations, called, times, found, fused or kind == "fusion")
 
 
 def _trips(computations: dict[str, list[str]], rest: str) -> int:

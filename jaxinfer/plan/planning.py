@@ -10,7 +10,7 @@ from jaxinfer.models.config import config_to_dict
 from jaxinfer.plan.building import CHUNK, cuts
 from jaxinfer.plan.compiling import Compiled, ask, combine
 from jaxinfer.plan.counts import Work
-from jaxinfer.plan.estimates import estimated_collectives
+from jaxinfer.plan.estimates import estimated_collectives, estimated_launches
 from jaxinfer.plan.hlo import Collective
 from jaxinfer.plan.prediction import Times, network_seconds
 from jaxinfer.plan.request import Request, Target, check
@@ -29,6 +29,7 @@ class Phase:
     turns: Turns
     work: Work
     collectives: dict[Collective, float | int]  # as compiled where it was, else as estimated
+    launches: float | int  # operations that run by themselves
     times: Times | None  # None where the machine's peaks are not known
     compiled: Compiled | None
     error: str | None = None
@@ -141,15 +142,18 @@ def _phase(target: Target, name: str, places: np.ndarray, compiled: Compiled | s
     compiled = None if isinstance(compiled, str) else compiled
     known = None if compiled is None else compiled.collectives
     found = estimated_collectives(target.built, rows, tokens) if known is None else dict(known)
-    turns, times = turns_of(target.built, rows, tokens), _times(target, step, found, places)
-    return Phase(rows, tokens, turns, step.work, found, times, compiled, error)
+    launches = estimated_launches(target.built) if compiled is None else compiled.launches
+    turns, times = turns_of(target.built, rows, tokens), _times(target, step, found, launches, places)
+    return Phase(rows, tokens, turns, step.work, found, launches, times, compiled, error)
 
 
-def _times(target: Target, step: Step, collectives: dict[Collective, float | int], places: np.ndarray) -> Times | None:
+def _times(
+    target: Target, step: Step, collectives: dict[Collective, float | int], launches: float | int, places: np.ndarray
+) -> Times | None:
     hardware = target.topology.hardware
     if hardware is None:
         return None
-    return step.times(network_seconds(collectives, places, target.topology.shape, hardware), hardware)
+    return step.times(network_seconds(collectives, places, target.topology.shape, hardware), hardware, launches)
 
 
 def _whole_prompt(target: Target, phase: Phase, places: np.ndarray) -> Times | None:
@@ -160,7 +164,7 @@ def _whole_prompt(target: Target, phase: Phase, places: np.ndarray) -> Times | N
     for start in range(0, target.prompt, CHUNK):
         tokens = min(CHUNK, target.prompt - start)
         step = step_of(target.built, phase.rows, tokens, start, target.request.context)
-        times = _times(target, step, phase.collectives, places)  # a shorter last chunk is padded
+        times = _times(target, step, phase.collectives, phase.launches, places)  # a shorter last chunk is padded
         total = times if total is None else total + times
     return total
 

@@ -19,16 +19,17 @@ class Times:
     products: float | int  # of the parts that products limit
     network: float | int
     roofline: float | int  # all parts at the vendor's peaks, the network for nothing
+    launches: float | int = 0.0  # what a GPU's kernels take beside their bytes and products
 
     @property
     def step(self) -> float | int:
         """Seconds of the step."""
-        return self.memory + self.products + self.network
+        return self.memory + self.products + self.network + self.launches
 
     @property
     def limit(self) -> str:
         """What takes the most of it."""
-        parts = {"HBM": self.memory, "products": self.products, "network": self.network}
+        parts = {"HBM": self.memory, "products": self.products, "network": self.network, "launches": self.launches}
         return max(parts, key=parts.get)
 
     def __add__(self, other: "Times") -> "Times":

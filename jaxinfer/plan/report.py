@@ -75,7 +75,7 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
 def _times_json(times: Times) -> dict[str, Any]:
     return {
         "step": times.step, "limit": times.limit, "roofline": times.roofline, "memory": times.memory,
-        "products": times.products, "network": times.network,
+        "products": times.products, "network": times.network, "launches": times.launches,
     }  # fmt: skip
 
 
@@ -139,9 +139,10 @@ def _phase_lines(plan: Plan, name: str, phase: Phase) -> list[str]:
     ]
     if phase.times is not None:
         t = phase.times
+        launches = f", {phase.launches:g} launches {1e3 * t.launches:.2f}" if t.launches else ""
         lines.append(
             f"  predicted {1e3 * t.step:.2f} ms, most of it {t.limit} (HBM {1e3 * t.memory:.2f}, products "
-            f"{1e3 * t.products:.2f}, network {1e3 * t.network:.2f}); roofline {1e3 * t.roofline:.2f} ms"
+            f"{1e3 * t.products:.2f}, network {1e3 * t.network:.2f}{launches}); roofline {1e3 * t.roofline:.2f} ms"
         )
     if name == "decode" and phase.times is not None:
         lines.append(f"  {tokens_per_second(plan):.1f} tokens/s per chip, {1 / phase.times.step:.1f} tokens/s per row")

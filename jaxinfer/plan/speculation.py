@@ -66,6 +66,6 @@ def check_step(plan: Plan, speculation: Speculation) -> Times | None:
     hardware = plan.target.topology.hardware
     tokens = speculation.length + 1
     step = step_of(plan.target.built, plan.request.batch, tokens, plan.request.context - tokens)
-    times = step.times(decode.times.network * tokens, hardware)
+    times = step.times(decode.times.network * tokens, hardware, decode.launches)
     drafts = speculation.draft * speculation.length
     return times + Times(*(drafts * part for part in dataclasses.astuple(decode.times)))

@@ -48,9 +48,9 @@ class Step:
         first, *rest = (work for work, _ in self.parts)
         return sum(rest, first)
 
-    def times(self, network: float | int, hardware: Hardware) -> Times:
-        """Return the times of the step, whose collectives take `network` seconds."""
-        total = Times(0.0, 0.0, network, 0.0)
+    def times(self, network: float | int, hardware: Hardware, launches: float | int = 0.0) -> Times:
+        """Return the times of the step, whose collectives take `network` seconds, and which has so many launches."""
+        total = Times(0.0, 0.0, network, 0.0, launches * hardware.launch)
         for work, turns in self.parts:
             for _ in range(turns):
                 total += predict(work, 0.0, hardware)

@@ -120,6 +120,7 @@ def compile_step(lowered: jax.stages.Lowered) -> dict[str, Any]:
         "flops": cost.get("flops"),
         "bytes": cost.get("bytes accessed"),
         "kernels": None if found is None else dict(found.kernels),
+        "launches": None if found is None else found.launches.total(),
         "collectives": None if found is None else [[*c, n] for c, n in found.collectives.items()],
     }
 
