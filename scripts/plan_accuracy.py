@@ -4,8 +4,8 @@
 
 Published figures whose set-up is stated, with their source, and decode steps that we measured on an H100
 (`benchmarks/results/step_h100.jsonl`). A ratio below 1 says that the plan is optimistic. The planner's share of HBM
-bandwidth (0.86) is that of one product of tokamax's on a v5e, and its shares of attention on H100 and TPU7x are from the
-rows of cuDNN and splash: these two are no test. Nor is the H100's bfloat16 step, which says what a launch takes there.
+bandwidth (0.86) is that of one product of tokamax's on a v5e, its shares of attention on H100 and TPU7x are from the
+rows of cuDNN and splash: these two are no test. Nor is the H100's bfloat16 step, which says what a launch takes.
 Throughputs of servers hold prompts too, and a plan's decode steps none.
 """
 
