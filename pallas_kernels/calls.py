@@ -42,7 +42,6 @@ def call(
         ValueError: the buffers need more VMEM than the chip gives a kernel.
     """
     chip = chips.current()
-    check_vmem(name, in_specs, out_specs, out_shape, scratch, chip)
     known = all(isinstance(s, np.ndarray) for s in scalars)
     aliases = dict(aliases or {})
     count = len(scalars)
@@ -60,7 +59,8 @@ def call(
 
             body(*refs[len(refs) - count :], *refs[: len(refs) - count])
 
-        return pl.pallas_call(
+        prefetched = []
+        run = pl.pallas_call(
             constant if count else body,
             grid=grid,
             in_specs=in_specs,
@@ -69,17 +69,23 @@ def call(
             input_output_aliases=aliases,
             **options,
         )
-    spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=count,
-        grid=grid,
-        in_specs=_without_scalars(in_specs, len(grid)),
-        out_specs=_without_scalars(out_specs, len(grid)),
-        scratch_shapes=list(scratch),
-    )
-    aliases = {i + count: o for i, o in aliases.items()}
-    run = pl.pallas_call(body, grid_spec=spec, input_output_aliases=aliases, **options)
-    prefetched = [jnp.asarray(s, jnp.int32) for s in scalars]
-    return lambda *arrays: run(*prefetched, *arrays)
+    else:
+        spec = pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=count,
+            grid=grid,
+            in_specs=_without_scalars(in_specs, len(grid)),
+            out_specs=_without_scalars(out_specs, len(grid)),
+            scratch_shapes=list(scratch),
+        )
+        aliases = {i + count: o for i, o in aliases.items()}
+        run = pl.pallas_call(body, grid_spec=spec, input_output_aliases=aliases, **options)
+        prefetched = [jnp.asarray(s, jnp.int32) for s in scalars]
+
+    def checked(*arrays):
+        check_vmem(name, in_specs, arrays, out_specs, out_shape, scratch, chip)
+        return run(*prefetched, *arrays)
+
+    return checked
 
 
 def _without_scalars(specs: Any, axes: int) -> Any:
@@ -102,12 +108,31 @@ def scalar_math(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def check_vmem(
-    name: str, in_specs: Sequence[Any], out_specs: Any, out_shape: Any, scratch: Sequence[Any], chip: chips.Chip
+    name: str,
+    in_specs: Sequence[Any],
+    arrays: Sequence[Any],
+    out_specs: Any,
+    out_shape: Any,
+    scratch: Sequence[Any],
+    chip: chips.Chip,
 ) -> None:
-    """Raise if the blocks, twice each for the pipeline, and the scratch need more VMEM than a kernel is given."""
+    """Raise if the blocks and the scratch need more VMEM than a kernel is given."""
+    need = vmem_bytes(in_specs, arrays, out_specs, out_shape, scratch)
+    if need > chip.vmem_limit:
+        raise ValueError(
+            f"{name}: its blocks need {need / 2**20:.1f} MiB of VMEM, and {chip.name} gives a kernel "
+            f"{chip.vmem_limit / 2**20:.0f} MiB; take smaller blocks"
+        )
+
+
+def vmem_bytes(
+    in_specs: Sequence[Any], arrays: Sequence[Any], out_specs: Any, out_shape: Any, scratch: Sequence[Any]
+) -> int:
+    """Return the bytes of VMEM that the blocks of arrays, twice each for the pipeline, and the scratch need."""
     need = 0
     for spec, dtype in [
-        *((s, jnp.bfloat16) for s in in_specs),  # an input's dtype is not known here: two bytes, the usual one
+        # Two bytes an entry at least: a body widens what is smaller, and needs room for that.
+        *((s, x.dtype if x.dtype.itemsize > 1 else jnp.bfloat16) for s, x in zip(in_specs, arrays, strict=True)),
         *zip(jax.tree.leaves(out_specs), (s.dtype for s in jax.tree.leaves(out_shape)), strict=True),
     ]:
         if spec.block_shape is not None and spec.memory_space != compat.SMEM:
@@ -115,11 +140,7 @@ def check_vmem(
     for buffer in scratch:
         if getattr(buffer, "memory_space", None) == compat.VMEM:
             need += tiled_bytes(buffer.shape, buffer.dtype)
-    if need > chip.vmem_limit:
-        raise ValueError(
-            f"{name}: its blocks need {need / 2**20:.1f} MiB of VMEM, and {chip.name} gives a kernel "
-            f"{chip.vmem_limit / 2**20:.0f} MiB; take smaller blocks"
-        )
+    return need
 
 
 def tiled_bytes(shape: Sequence[int], dtype: Any) -> int:

@@ -9,6 +9,7 @@ goes on, and cells that are there are not done again. A cell that does not fit o
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jaxinfer.plan import choice, sweep
 from jaxinfer.plan.request import Request
+from jaxinfer.sharding.rules import DEFAULT
 
 MODELS = ("llama3-8b", "llama3-70b", "llama3-405b", "qwen3-30b-a3b", "qwen3-235b-a22b")
 PASSES = {"bf16": (), "int8": ("int8",), "int4": ("int4", "kv_int8")}
@@ -24,8 +26,13 @@ NAMES = {"bf16": "bf16", "int8": "int8", "int4": "int4 + kv_int8"}
 CONTEXT = 8192
 
 
-def requests(models: list[str], passes: list[str], topologies: list[str]) -> list[Request]:
-    """Return a request for each cell, cheapest to compile first; of what fits no mesh, one that says by how much."""
+def requests(models: list[str], passes: list[str], topologies: list[str], rows: list[sweep.Row]) -> list[Request]:
+    """Return a request for each cell, cheapest to compile first; of what fits no mesh, one that says by how much.
+
+    A cell among the rows that are there keeps its request: a search of meshes takes a minute.
+    """
+    done = [_request(row) for row in rows]
+    there = {dataclasses.replace(request, mesh="", rules=DEFAULT, batch=1): request for request in done}
     found = []
     for name in passes:
         for model in models:
@@ -33,8 +40,9 @@ def requests(models: list[str], passes: list[str], topologies: list[str]) -> lis
                 asked = Request(
                     model=model, topology=topology, passes=PASSES[name], context=CONTEXT, phases=("decode",)
                 )
-                print(f"mesh of {model} {name} {topology} ...", file=sys.stderr, flush=True)
-                found.append(choice.best(asked) or asked)
+                if asked not in there:
+                    print(f"mesh of {model} {name} {topology} ...", file=sys.stderr, flush=True)
+                found.append(there.get(asked) or choice.best(asked) or asked)
     return found
 
 
@@ -47,6 +55,11 @@ def markdown(rows: list[sweep.Row], models: list[str], passes: list[str], topolo
             cells = [_cell(by_cell.get((model, PASSES[name], topology))) for topology in topologies]
             out.append(f"| {model} | {NAMES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def _request(row: sweep.Row) -> Request:
+    """Return what a row was asked with."""
+    return Request(**{name: tuple(x) if isinstance(x, list) else x for name, x in row["request"].items()})
 
 
 def _cell(row: sweep.Row | None) -> str:
@@ -77,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         from tqdm import tqdm
 
-        rows = sweep.run(
-            requests(*chosen), args.out, compiling=not args.shapes_only, wrap=lambda left: tqdm(left, unit="cell")
-        )
+        args.out.mkdir(parents=True, exist_ok=True)
+        asked = requests(*chosen, sweep.rows_of(args.out))
+        rows = sweep.run(asked, args.out, compiling=not args.shapes_only, wrap=lambda left: tqdm(left, unit="cell"))
     print(markdown(rows, *chosen))
 
 

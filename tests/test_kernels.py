@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from kernel_cases import ALL, case_of, check
 
 from jaxinfer.ops.attention import attention
@@ -16,6 +17,7 @@ from pallas_kernels.decode_attention.cases import case as decode_case
 from pallas_kernels.kernels import KERNELS, kernel
 from pallas_kernels.paged_decode_attention.cases import case as paged_case
 from pallas_kernels.prefill_attention.cases import case as prefill_case
+from pallas_kernels.quantized_matmul import tpu_plan
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 
@@ -147,6 +149,38 @@ def test_tuned_blocks_are_cut_for_wide_weights_on_chips_with_little_vmem(chip, i
             jax.eval_shape(functools.partial(product, blocks=tuned), *shapes)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "group", "cut"),
+    [
+        (4096, 64, dict(rows=64, outputs=256, copies=4)),  # as tuned
+        (16_384, 64, dict(rows=64, outputs=128, copies=4)),
+        (26_624, 32, dict(rows=32, outputs=128, copies=2)),
+        (53_248, 32, dict(rows=16, outputs=128, copies=1)),
+    ],
+)
+def test_what_x_and_its_parts_take_is_left_to_them_before_blocks_are_fitted(inputs, group, cut):
+    struct, chip, plans = jax.ShapeDtypeStruct, chips.CHIPS["v5p"], []
+    shapes = struct((64, inputs), jnp.bfloat16), struct((4608, inputs // 2), jnp.uint8)
+    shapes += (struct((inputs // group, 4608), jnp.bfloat16),)
+    tuned = tuning.blocks("quantized_matmul", "v5p", kernel("quantized_matmul").shape_class(*shapes, qtype="int4"))
+
+    def product(x, values, scale):
+        plans.append(tpu_plan.fitting(x, values, scale, None, "int4", None, tuned, chip))
+        return quantized_matmul.tpu(x, values, scale, qtype="int4")
+
+    with chips.assume("v5p"):
+        assert jax.eval_shape(product, *shapes).shape == (64, 4608)
+    assert {name: getattr(plans[0], name) for name in cut} == cut
+
+
+def test_outputs_that_are_too_wide_for_any_blocks_are_refused():
+    struct = jax.ShapeDtypeStruct
+    shapes = struct((64, 131_072), jnp.bfloat16), struct((128, 131_072), jnp.int8), struct((1, 128), jnp.float32)
+    why = "131072 inputs need 76.0 MiB of VMEM for 8 rows and 128 outputs, and v5p gives a kernel 48 MiB; divide them"
+    with chips.assume("v5p"), pytest.raises(NotImplementedError, match=why):
+        jax.eval_shape(functools.partial(quantized_matmul.tpu, qtype="int8"), *shapes)
+
+
 def test_a_kernel_says_what_it_can_not_do():
     q, k = jnp.zeros((1, 1, 1, 64)), jnp.zeros((1, 1, 72, 64))
     length = jnp.array([3])
@@ -224,6 +258,9 @@ def test_blocks_of_wider_rows_are_shorter():
     assert tuning.fitting(blocks, 2 * 8 * 256 * 4, chip) == blocks | {"slots": 512}
 
 
-def test_vmem_is_counted_in_tiles():
+def test_vmem_is_counted_in_tiles_of_the_dtype_and_of_two_bytes_at_least():
+    spec = pl.BlockSpec((16, 128), lambda i: (i, 0))
+    of = [jax.ShapeDtypeStruct((16, 128), dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.int8)]
+    assert calls.vmem_bytes([spec] * 3, of, spec, of[0], []) == 2 * 16 * 128 * (4 + 2 + 2 + 4)
     assert calls.tiled_bytes((3, 5, 100), jnp.bfloat16) == 3 * 16 * 128 * 2
     assert calls.tiled_bytes((7,), jnp.float32) == 8 * 128 * 4

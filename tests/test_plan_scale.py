@@ -52,7 +52,7 @@ def test_strategies_stop_scaling_where_their_step_is_network(tmp_path):
         scaling.scale(wide(tmp_path), "v5p", {"narrow": {"model": 4}}, (96 + 1,))
 
 
-def test_the_matrix_says_why_a_cell_is_not_there(tmp_path, capsys):
+def test_the_matrix_says_why_a_cell_is_not_there_and_does_not_plan_one_twice(tmp_path, capsys, monkeypatch):
     asked = wide(tmp_path)
     out = tmp_path / "matrix"
     command = ["--out", str(out), "--models", asked.model, "--passes", "bf16,int8", "--topologies", "v5e:1x1,v5e:4x4"]
@@ -60,8 +60,11 @@ def test_the_matrix_says_why_a_cell_is_not_there(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if asked.model in line]
     assert len(lines) == 2 and "tok/s" in lines[0] and len(sweep.rows_of(out)) == 4
     assert plan_matrix._cell(None) == "not run"
-    plan_matrix.main([*command, "--markdown"])
-    assert [line for line in capsys.readouterr().out.splitlines() if asked.model in line] == lines
+    monkeypatch.setattr(choice, "best", lambda asked: pytest.fail(f"searched again for {asked}"))
+    for again in ("--shapes-only", "--markdown"):
+        plan_matrix.main([*command, again])
+        assert [line for line in capsys.readouterr().out.splitlines() if asked.model in line] == lines
+    assert len(sweep.rows_of(out)) == 4
 
 
 def test_the_readme_has_the_matrix_of_the_rows_that_were_planned():

@@ -83,6 +83,7 @@ TESTS = [
     case("int4_groups_64", 7, 320, 63, "int4", 64, scales=BF16),
     case("int4_groups_128", 1, 256, 200, "int4", 128, dtype=F32, scales=BF16),
     case("int4_groups_128_bf16", 63, 512, 384, "int4", 128, blocks={"lanes": 256}),
+    case("int4_rows", 20, 512, 200, "int4", 64, blocks={"rows": 8, "lanes": 64}),
     case("int4_halves_32", 3, 320, 200, "int4", 32, dtype=F32, blocks={"lanes": 64}),
     case("int4_halves_64", 7, 448, 63, "int4", 64, dtype=F32, blocks={"lanes": 64}),
     case("int4_halves_128", 63, 512, 384, "int4", 128, blocks={"lanes": 64}),

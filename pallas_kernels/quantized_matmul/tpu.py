@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import calls, chips, compat, tuning
+from pallas_kernels import calls, chips, tuning
 from pallas_kernels.codes import widen
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
-from pallas_kernels.quantized_matmul.tpu_plan import HALF, Refs, cut, each_turn
+from pallas_kernels.quantized_matmul.tpu_plan import HALF, Refs, cut, each_turn, fitting, layout, operands
 
 RUN = 32  # inputs that share 16 bytes
 REGISTERS = 8  # of the 64, for the sums of the outputs that are computed together
@@ -42,68 +42,37 @@ def quantized_matmul(
     """Return what the contract of this folder says.
 
     `blocks`: rows of x a block, outputs a copy, copies a step, bytes of an output that meet in a push (`lanes`); by
-    default those tuned for the chip.
+    default those tuned for the chip, or smaller ones that fit into its VMEM.
 
     Raises:
-        NotImplementedError: a qtype, or groups, that the kernel does not know.
+        NotImplementedError: a qtype, or groups, that the kernel does not know; outputs too wide for any blocks.
         ValueError: shapes that do not fit, or blocks that need too much VMEM.
     """
-    O, chip = values.shape[0], chips.current()
+    chip = chips.current()
     _check(x, values, scale, offset, qtype, activations)
-    shape = shape_class(x, values, scale, qtype=qtype, activations=activations)
-    chosen = blocks or _fitting(tuning.blocks("quantized_matmul", chip.name, shape), values.shape[1], chip)
-    plan = cut(x, values, scale, qtype, activations, chosen, chip)
-    outputs = calls.round_up(min(chosen["outputs"], O), 128)
-    copies = max(1, min(chosen["copies"], pl.cdiv(O, outputs)))
-    return _run(x, values, scale, offset, plan=plan, outputs=outputs, copies=copies, chip=chip, interpret=interpret)
+    if blocks is None:
+        shape = shape_class(x, values, scale, qtype=qtype, activations=activations)
+        tuned = tuning.blocks("quantized_matmul", chip.name, shape)
+        plan = fitting(x, values, scale, offset, qtype, activations, tuned, chip)
+    else:
+        plan = cut(x, values, scale, qtype, activations, blocks, chip)
+    return _run(x, values, scale, offset, plan=plan, chip=chip, interpret=interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "outputs", "copies", "chip", "interpret"))
-def _run(x, values, scale, offset, *, plan, outputs, copies, chip, interpret):
+@functools.partial(jax.jit, static_argnames=("plan", "chip", "interpret"))
+def _run(x, values, scale, offset, *, plan, chip, interpret):
     """Return the product. A program with many of one shape, as those of layers are, traces and lowers the body once."""
-    (M, I), O = x.shape, values.shape[0]
-    step, count = outputs * copies, pl.cdiv(O, outputs)
-    steps = pl.cdiv(count, copies)
-    cores = chip.cores if steps % chip.cores == 0 else 1
-    steps //= cores
-    width = plan.chunks * plan.inputs
-    if width != I:
-        x = jnp.pad(x, ((0, 0), (0, width - I)))
-
-    def weight_at(copy):
-        return lambda core, m, s: (jnp.minimum((core * steps + s) * copies + copy, count - 1), 0)
-
-    def out_at(core, m, s):
-        return m, core * steps + s
-
-    def scale_at(core, m, s):
-        return 0, core * steps + s
-
-    scales = [scale] if offset is None else [scale, offset]
-    G = scale.shape[0]
-    steps_of_x = plan.chunks * plan.groups
-    scratch = [
-        compat.VMEM((plan.chunks, plan.lines, plan.inputs), plan.dtype),
-        compat.VMEM((steps_of_x if plan.rounded else 1, plan.rows, 128), jnp.float32),
-        compat.VMEM((steps_of_x if offset is not None else 1, plan.rows, 128), jnp.float32),
-    ]
+    if plan.width != x.shape[1]:
+        x = jnp.pad(x, ((0, 0), (0, plan.width - x.shape[1])))
     run = calls.call(
-        functools.partial(_body, plan=plan, copies=copies, outputs=outputs, offset=offset is not None),
+        functools.partial(_body, plan=plan, offset=offset is not None),
         name="quantized_matmul",
-        out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),
-        grid=(cores, pl.cdiv(M, plan.rows), steps),  # what the last block holds past the last row stays in those rows
-        in_specs=[
-            pl.BlockSpec((plan.rows, width), lambda core, m, s: (m, 0)),
-            *(pl.BlockSpec((G, step), scale_at) for _ in scales),
-            *(pl.BlockSpec((outputs, values.shape[1]), weight_at(c)) for c in range(copies)),
-        ],
-        out_specs=pl.BlockSpec((plan.rows, step), out_at),
-        scratch=scratch,
+        **layout(plan, x, values, offset, chip),
         scalars=(),
         semantics=("parallel", "arbitrary", "arbitrary"),
         interpret=interpret,
     )
-    return run(x, *scales, *[values] * copies)
+    return run(*operands(plan, x, values, scale, offset))
 
 
 def shape_class(
@@ -113,13 +82,6 @@ def shape_class(
     form = f"{qtype}_{activations or jnp.dtype(x.dtype).name}"
     M, I = x.shape
     return {"form": form, "group": I // scale.shape[0], "M": M, "I": I, "O": values.shape[0]}
-
-
-def _fitting(blocks: dict[str, int], held: int, chip: chips.Chip) -> dict[str, int]:
-    """Return blocks whose outputs, `held` bytes each, take 3/4 of a kernel's VMEM at most: others may be narrower."""
-    most = chip.vmem_limit * 3 // 4
-    # Twice for the pipeline, and two bytes an entry, as `calls.check_vmem` counts them.
-    return tuning.halved(blocks, {"outputs": 128, "copies": 1}, lambda b: 4 * b["outputs"] * b["copies"] * held <= most)
 
 
 def _check(x, values, scale, offset, qtype, activations) -> None:
@@ -147,8 +109,8 @@ def _check(x, values, scale, offset, qtype, activations) -> None:
         raise NotImplementedError(f"groups of {I // G} inputs of {qtype}: must be multiples of {RUN}")
 
 
-def _body(x_ref, scale_ref, *refs, plan, copies, outputs, offset):
-    refs = list(refs)
+def _body(x_ref, scale_ref, *refs, plan, offset):
+    refs, copies, outputs = list(refs), plan.copies, plan.outputs
     offset_ref = refs.pop(0) if offset else None
     weights, (out_ref, parts_ref, step_ref, sum_ref) = refs[:copies], refs[copies:]
     step_ref, sum_ref = step_ref if plan.rounded else None, sum_ref if offset else None

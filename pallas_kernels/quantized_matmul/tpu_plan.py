@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from pallas_kernels import calls, chips
+from pallas_kernels import calls, chips, compat, tuning
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT
 
 HALF = 64  # bytes whose low and high nibbles make one push of 128
+LEAST = {"outputs": 128, "copies": 1}  # of a step: one tile of lanes
 TURN = 32  # chunks of a turn of the loop over many: a turn waits some 500 cycles, and all written out compile for long
 
 
@@ -32,12 +33,19 @@ class Plan:
     groups: int
     grouped: bool  # each group has a scale of its own, and not all inputs one
     scales: int  # G, or of some chunks
-    rows: int
+    rows: int  # of x in a block
+    outputs: int  # of a copy
+    copies: int  # of a step
 
     @property
     def inputs(self) -> int:
         """Inputs of a chunk."""
         return self.planes * self.lanes
+
+    @property
+    def width(self) -> int:
+        """Inputs of all chunks: those of x, and zeros behind them."""
+        return self.chunks * self.inputs
 
     @property
     def group(self) -> int:
@@ -82,7 +90,7 @@ def cut(
     x: Array, values: Array, scale: Array, qtype: str, activations: str | None, chosen: dict[str, int], chip: chips.Chip
 ) -> Plan:
     """Return how the product is cut."""
-    M, G = x.shape[0], scale.shape[0]
+    M, G, O = x.shape[0], scale.shape[0], values.shape[0]
     planes = 2 if qtype in FOUR_BIT else 1
     rounds = activations == "int8"
     wide = x.dtype == jnp.float32  # three bfloat16 numbers hold one exactly, two bytes would not
@@ -101,9 +109,91 @@ def cut(
         lanes *= max(1, min(chosen["lanes"], held) // lanes)
         groups = lanes // group
     rows = calls.round_up(min(M, chosen["rows"]), 8)
+    outputs = calls.round_up(min(chosen["outputs"], O), 128)
+    copies = max(1, min(chosen["copies"], pl.cdiv(O, outputs)))
     return Plan(
-        qtype, integer, rounds or integer, parts, planes, lanes, held, pl.cdiv(held, lanes), groups, G > 1, G, rows
+        qtype, integer, rounds or integer, parts, planes, lanes, held, pl.cdiv(held, lanes), groups, G > 1, G, rows,
+        outputs, copies,
     )  # fmt: skip
+
+
+def fitting(
+    x: Array, values: Array, scale: Array, offset: Array | None, qtype: str, activations: str | None,
+    tuned: dict[str, int], chip: chips.Chip,
+) -> Plan:  # fmt: skip
+    """Return how the product is cut by the tuned blocks, or by smaller ones where x or the outputs are wider.
+
+    Raises:
+        NotImplementedError: the least blocks need more VMEM than the chip gives a kernel.
+    """
+
+    def plan(blocks: dict[str, int]) -> Plan:
+        return cut(x, values, scale, qtype, activations, blocks, chip)
+
+    def need(blocks: dict[str, int]) -> int:
+        found = plan(blocks)
+        buffers = layout(found, x, values, offset, chip)
+        return calls.vmem_bytes(
+            arrays=operands(found, x, values, scale, offset),
+            **{name: buffers[name] for name in ("in_specs", "out_specs", "out_shape", "scratch")},
+        )
+
+    def fits(blocks: dict[str, int]) -> bool:
+        return need(blocks) <= chip.vmem_limit
+
+    def leaves_room(blocks: dict[str, int]) -> bool:
+        # At most 3/4 for the outputs, twice for the pipeline and two bytes an entry, as `calls.vmem_bytes` counts them.
+        return 4 * blocks["outputs"] * blocks["copies"] * values.shape[1] <= chip.vmem_limit * 3 // 4 and fits(blocks)
+
+    # Fewer rows read the weight more often: only where x, with its parts and steps, leaves no room for any outputs.
+    blocks = tuning.halved(tuned, {"rows": 8, "lanes": HALF}, lambda b: fits(b | LEAST))
+    blocks = tuning.halved(blocks, LEAST, leaves_room)
+    if not fits(blocks):
+        raise NotImplementedError(
+            f"quantized_matmul: {x.shape[1]} inputs need {need(blocks) / 2**20:.1f} MiB of VMEM for 8 rows and 128 "
+            f"outputs, and {chip.name} gives a kernel {chip.vmem_limit / 2**20:.0f} MiB; divide them over more devices"
+        )
+    return plan(blocks)
+
+
+def operands(plan: Plan, x: Array, values: Array, scale: Array, offset: Array | None) -> list[Array]:
+    """Return the arrays that the kernel is called with: the weight once for each copy of a step."""
+    return [x, scale, *([] if offset is None else [offset]), *[values] * plan.copies]
+
+
+def layout(plan: Plan, x: Array, values: Array, offset: Array | None, chip: chips.Chip) -> dict[str, Any]:
+    """Return the grid, the blocks of operands and outputs, and the scratch, as `calls.call` takes them."""
+    M, O = x.shape[0], values.shape[0]
+    step, count = plan.outputs * plan.copies, pl.cdiv(O, plan.outputs)
+    steps = pl.cdiv(count, plan.copies)
+    cores = chip.cores if steps % chip.cores == 0 else 1
+    steps //= cores
+
+    def weight_at(copy):
+        return lambda core, m, s: (jnp.minimum((core * steps + s) * plan.copies + copy, count - 1), 0)
+
+    def out_at(core, m, s):
+        return m, core * steps + s
+
+    def scale_at(core, m, s):
+        return 0, core * steps + s
+
+    steps_of_x = plan.chunks * plan.groups
+    return dict(
+        out_shape=jax.ShapeDtypeStruct((M, O), x.dtype),
+        grid=(cores, pl.cdiv(M, plan.rows), steps),  # what the last block holds past the last row stays in those rows
+        in_specs=[
+            pl.BlockSpec((plan.rows, plan.width), lambda core, m, s: (m, 0)),
+            *(pl.BlockSpec((plan.scales, step), scale_at) for _ in range(1 if offset is None else 2)),
+            *(pl.BlockSpec((plan.outputs, plan.bytes), weight_at(c)) for c in range(plan.copies)),
+        ],
+        out_specs=pl.BlockSpec((plan.rows, step), out_at),
+        scratch=[
+            compat.VMEM((plan.chunks, plan.lines, plan.inputs), plan.dtype),
+            compat.VMEM((steps_of_x if plan.rounded else 1, plan.rows, 128), jnp.float32),
+            compat.VMEM((1 if offset is None else steps_of_x, plan.rows, 128), jnp.float32),
+        ],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
