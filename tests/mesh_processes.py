@@ -16,7 +16,7 @@ from jaxinfer.sharding import processes
 from jaxinfer.sharding.mesh import make_mesh, parse_mesh, simulate_devices
 from jaxinfer.sharding.shard import shard
 
-CONFIG = tiny_config(num_layers=1, num_heads=8, num_kv_heads=4, windows=())
+CONFIG = tiny_config(num_layers=2, num_heads=8, num_kv_heads=4, windows=())
 TEXT = (np.arange(120) * 5 % 96).tolist()
 
 

@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.checkpoint import assemble as assembling
 from jaxinfer.checkpoint.assemble import assemble
 from jaxinfer.checkpoint.base import Entry
 from jaxinfer.checkpoint.hf_config import config_from_hf
@@ -294,6 +296,26 @@ def test_leaves_go_where_sharding_of_says():
 
     model = leaves(from_hf(config, arrays, sharding_of=sharding_of))
     assert {path: leaf.sharding for path, leaf in model.items()} == asked
+
+
+def test_what_lies_on_no_device_of_this_process_is_not_read(monkeypatch):
+    """As a stage's layers are not where other processes have the stage."""
+    config, arrays = read_config("llama2"), stored("llama2")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    away = SimpleNamespace(addressable_devices=frozenset())
+    read, elsewhere = [], []
+    monkeypatch.setattr(
+        assembling, "elsewhere", lambda x, sharding: elsewhere.append(sharding) or jnp.zeros(x.shape, x.dtype)
+    )
+
+    def noting(entry: Entry) -> Entry:
+        return dataclasses.replace(entry, read=lambda: read.append(entry.name) or entry.read())
+
+    noted = {name: noting(entry) for name, entry in as_entries(arrays).items()}
+    options = dict(path=Path("model.safetensors"), sharding_of=lambda path, _: away if "layers.1." in path else here)
+    model = leaves(assemble(abstract(config, FLOAT32), config, noted, hf_names(config), **options))
+    assert elsewhere == [away] * len([path for path in model if "layers.1." in path])
+    assert read and sorted(read) == sorted(name for name in noted if ".layers.1." not in name)
 
 
 def test_progress_is_shown_when_asked(capsys):

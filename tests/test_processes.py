@@ -43,9 +43,10 @@ def ends(running: list[subprocess.Popen], timeout: float) -> list[tuple[int, str
             process.kill()
 
 
-def test_four_processes_generate_compare_and_train_as_one_does():
-    """On two by two; and all but the first are silent."""
-    (_, out, err), *others = ends(start(4, "tests/mesh_processes.py", "@", "data=2,model=2"), 600)
+@pytest.mark.parametrize(("count", "mesh"), [(4, "data=2,model=2"), (2, "stage=2")])
+def test_processes_generate_compare_and_train_as_one_does(count, mesh):
+    """On two by two, and on a stage each; and all but the first are silent."""
+    (_, out, err), *others = ends(start(count, "tests/mesh_processes.py", "@", mesh), 600)
     assert out, err[-2000:]
     found = json.loads(out)
     alone, divided = found["alone"], found["divided"]
@@ -53,7 +54,7 @@ def test_four_processes_generate_compare_and_train_as_one_does():
     for name in ("perplexity", "losses", "kl"):
         np.testing.assert_allclose(divided[name], alone[name], rtol=1e-3 if name == "kl" else 1e-5)
     assert alone["losses"][1] < alone["losses"][0]
-    assert [(status, text) for status, text, _ in others] == [(0, "")] * 3
+    assert [(status, text) for status, text, _ in others] == [(0, "")] * (count - 1)
 
 
 def test_two_processes_of_which_one_dies_end_and_go_on(tmp_path, capsys):

@@ -10,10 +10,8 @@ from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import abstract
 from jaxinfer.passes import apply
 from jaxinfer.program import Program
-from jaxinfer.sharding import processes
 from jaxinfer.sharding.fitting import check_fits, fit
 from jaxinfer.sharding.rules import RULES
-from jaxinfer.sharding.shard import put
 from jaxinfer.sharding.stages import pieces_of
 
 
@@ -139,9 +137,3 @@ def test_the_command_line_runs_in_stages_on_simulated_devices():
     runs = [process(*common, *more) for more in ((), ("--mesh", "stage=2,model=2"))]
     (alone, _), (many, told) = (run.communicate(timeout=300) for run in runs)
     assert alone == many and runs[1].returncode == 0, told
-
-
-def test_stages_over_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    with pytest.raises(InputError, match="mesh stage=2: stage=2 is for the devices of one process, and there are 2"):
-        put(abstract(tiny_config(windows=())), mesh_of("stage=2"), RULES["mixed"])

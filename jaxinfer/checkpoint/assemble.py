@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxinfer.checkpoint.arrays import aligned_empty, all_finite, elsewhere, put
 from jaxinfer.checkpoint.base import Entry
 from jaxinfer.checkpoint.names import NameTable, Rule
 from jaxinfer.errors import InputError
@@ -197,7 +198,13 @@ def _stream(jobs: list[_Job], path: Path, sharding_of: ShardingOf | None, progre
 def _load(job: _Job, path: Path, sharding_of: ShardingOf | None) -> jax.Array | Packed:
     kept = is_quantized(job.leaf)
     shapes = jax.tree.leaves(job.leaf)  # one, or the codes, the scales and perhaps the offsets
-    host = [_aligned_empty(shape.shape, shape.dtype) for shape in shapes]
+    shardings = [sharding_of(job.path, shape) if sharding_of else None for shape in shapes]
+    if all(s is not None and not s.addressable_devices for s in shardings):
+        # Of a stage on other processes' devices: nothing of it is read here.
+        return jax.tree.unflatten(
+            jax.tree.structure(job.leaf), [elsewhere(*x) for x in zip(shapes, shardings, strict=True)]
+        )
+    host = [aligned_empty(shape.shape, shape.dtype) for shape in shapes]
     stacked = "{e}" in job.rule.pattern
     for i, entry in enumerate(job.entries):
         pieces = [part[i] if stacked else part for part in host]
@@ -208,42 +215,12 @@ def _load(job: _Job, path: Path, sharding_of: ShardingOf | None) -> jax.Array | 
                     piece[...] = job.rule.transform.rows(part, job.piece).reshape(piece.shape)
                 else:
                     piece[...] = job.rule.transform.apply(part, job.piece)
-        if not all(_all_finite(piece) for piece in pieces if piece.dtype not in (np.int8, np.uint8)):
+        if not all(all_finite(piece) for piece in pieces if piece.dtype not in (np.int8, np.uint8)):
             dtype = "blocks" if kept else job.leaf.dtype
             raise InputError(
                 f"{path}: tensor {entry.name!r} ({entry.dtype}) has a NaN or infinite value as {dtype}; "
                 "every weight must be finite: fetch the file again, or load it in a wider dtype"
             )
-    arrays = [
-        _put(part, sharding_of(job.path, shape) if sharding_of else None)
-        for part, shape in zip(host, shapes, strict=True)
-    ]
+    arrays = [put(part, sharding) for part, sharding in zip(host, shardings, strict=True)]
     # The copy to an accelerator is asynchronous: wait, so that the host copy is gone before the next leaf starts.
     return jax.tree.unflatten(jax.tree.structure(job.leaf), jax.block_until_ready(arrays))
-
-
-def _put(part: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Return the array where the sharding says: a device gets its own part, and never more."""
-    if sharding is None or sharding.is_fully_addressable:
-        return jax.device_put(part, sharding)
-    return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an uninitialized array on a 64-byte boundary, which JAX's CPU backend adopts without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _all_finite(a: np.ndarray) -> bool:
-    """Return whether `a` has no NaN and no infinity, without a boolean copy of it."""
-    if a.size == 0:
-        return True
-    if a.dtype.itemsize != 2:
-        return bool(np.isfinite(a.min()) and np.isfinite(a.max()))  # both carry a NaN through
-    # numpy reduces 16-bit floats one by one; their bit patterns without the sign compare as integers, at full speed.
-    infinity = int(np.array(np.inf, a.dtype).view(np.uint16))
-    bits = a.reshape(-1).view(np.uint16)
-    return all(int((bits[i : i + (1 << 20)] & 0x7FFF).max()) < infinity for i in range(0, bits.size, 1 << 20))

@@ -15,7 +15,6 @@ from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.placement import Rules, first_entry, placed
 from jaxinfer.ops.token_tree import TokenTree
-from jaxinfer.sharding import processes
 from jaxinfer.sharding.cache import STAGE, DividedLayer, StagedLayer
 from jaxinfer.sharding.context import slots_on
 from jaxinfer.sharding.fitting import mesh_without
@@ -131,16 +130,8 @@ def off_stages(model: Transformer) -> Transformer:
 
 
 def check_stages(model: Transformer, sizes: Mapping[str, int], rules: Rules) -> None:
-    """Raise InputError where a mesh divides layers in order and the model decides by itself which of them run.
-
-    Nor may the devices be of several processes: two of them were seen to wait for each other without end.
-    """
+    """Raise InputError where a mesh divides layers in order and the model decides by itself which of them run."""
     kind, stages = type(model).__bases__[1] if isinstance(model, OnMesh) else type(model), stages_on(sizes, rules)
-    if stages > 1 and processes.count() > 1:
-        raise InputError(
-            f"mesh {show_mesh(sizes)}: stage={stages} is for the devices of one process, and there are "
-            f"{processes.count()}; leave stage out"
-        )
     if stages > 1 and kind.run_layers is not Transformer.run_layers:
         fitting = mesh_without((STAGE,), model, sizes, rules)
         raise InputError(

@@ -121,13 +121,15 @@ def put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding)(leaf)  # from where it lies on the devices of all processes
     host = np.asarray(leaf)  # each process gives what its own devices hold
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
 
 
 def _in_host_memory(leaf: Any) -> Any:
     """Return the array of a CPU as numpy sees it: to cut that takes no copy and no compiled function."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or len(leaf.sharding.device_set) > 1:
         return leaf
+    if not leaf.is_fully_addressable:
+        return leaf  # a stage's, whose only device is another process's
     return np.asarray(leaf) if next(iter(leaf.sharding.device_set)).platform == "cpu" else leaf
 
 

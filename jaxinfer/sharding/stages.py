@@ -179,7 +179,7 @@ def _stack_leaf(leaves: Sequence[Any], spec: PartitionSpec, mesh: Mesh, put: Cal
         return put(jnp.concatenate(leaves), sharding)
     placed = [put(leaf, NamedSharding(stage_mesh(mesh, s), spec)) for s, leaf in enumerate(leaves)]
     parts = [shard.data for leaf in placed for shard in leaf.addressable_shards]
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=leaves[0].dtype)
 
 
 def _stage_leaf(leaf: Any, stage: int, mesh: Mesh) -> Any:
@@ -191,4 +191,4 @@ def _stage_leaf(leaf: Any, stage: int, mesh: Mesh) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
     parts = [shard.data for shard in leaf.addressable_shards if (shard.index[0].start or 0) // size == stage]
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=leaf.dtype)
