@@ -236,6 +236,20 @@ def test_what_does_not_fit_says_by_how_much_and_what_does(tmp_path):
         assert again.memory.fits and again.memory.free == pytest.approx(way.free)
 
 
+def test_stages_are_a_way_out_where_key_heads_are_repeated(tmp_path):
+    """One key head on eight devices is eight times in memory; in two stages of four four times."""
+    sizes = dict(hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+    sizes |= dict(num_key_value_heads=1, head_dim=128, max_position_embeddings=1 << 20)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(**sizes)))
+    asked = Request(model=str(tmp_path), topology="v5e:2x4", mesh="model=8", batch=4, context=1 << 20)
+    found = plan(dataclasses.replace(asked, phases=("decode",)), compiling=False)
+    assert not found.memory.fits
+    (way,) = (a for a in alternatives(found) if a.request.mesh != "model=8")
+    assert way.change == "--mesh stage=2,model=4"
+    again = plan(way.request, compiling=False)
+    assert again.memory.fits and again.memory.free == pytest.approx(way.free)
+
+
 def test_more_chips_and_fewer_bytes_are_faster():
     base = plan(ASKED, compiling=False)
     int8 = plan(dataclasses.replace(ASKED, passes=("int8", "kv_int8")), compiling=False)

@@ -36,6 +36,18 @@ def test_the_mesh_that_is_chosen_is_the_best_of_those_that_fit(tmp_path):
     assert choice.best(dataclasses.replace(asked, topology="v5e:1x1")) is None or chosen.batch >= 16
 
 
+def test_stages_are_chosen_where_dividing_further_repeats_key_heads(tmp_path):
+    sizes = dict(hidden_size=8192, intermediate_size=65_536, num_hidden_layers=8, num_attention_heads=64)
+    sizes |= dict(num_key_value_heads=1, head_dim=128, max_position_embeddings=65_536)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(**sizes)))
+    asked = Request(model=str(tmp_path), topology="v5e:2x4", context=65_536, phases=("decode",))
+    assert [m for m in choice._meshes(8, 4) if "stage" in m] == [{"data": 1, "stage": 2, "model": 4}]
+    chosen = choice.best(asked)
+    assert "stage=" in chosen.mesh
+    whole = choice._fitting(dataclasses.replace(asked, mesh="model=8", rules="tensor", batch=64), 64)
+    assert tokens_per_second(plan(chosen, compiling=False)) > tokens_per_second(plan(whole, compiling=False))
+
+
 def test_strategies_stop_scaling_where_their_step_is_network(tmp_path):
     chips = (64, 256, 1024, 16_384)
     points = scaling.scale(wide(tmp_path), "v5p", {"narrow": {"model": 4}, "wide": {"model": 64}}, chips)

@@ -82,6 +82,15 @@ def _changes(plan: Plan) -> Iterator[tuple[float | int, str, str, Request]]:
             text = show_mesh({**target.sizes, "model": model})
             wider = dataclasses.replace(request, topology=larger, mesh=text)
             yield 1.5 * doublings, "topology", f"--topology {larger} --mesh {text}", wider
+    for doublings in range(1, 4):
+        for axis in ("data", "model"):
+            size = target.sizes.get(axis, 1)
+            if size % (1 << doublings) == 0:
+                stages = target.sizes.get("stage", 1) << doublings
+                rest = {name: n for name, n in target.sizes.items() if name not in ("data", "stage")}
+                first = {"data": target.sizes["data"]} if "data" in target.sizes else {}
+                text = show_mesh({**first, "stage": stages, **rest, axis: size >> doublings})
+                yield 0.9 * doublings, "stages", f"--mesh {text}", dataclasses.replace(request, mesh=text)
     names = {spec.partition(":")[0] for spec in request.passes}
     for i, added in enumerate(_PASSES):
         if (names & _CACHE and "kv_int8" in added) or (names - _CACHE and set(added) - _CACHE):
