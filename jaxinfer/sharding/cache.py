@@ -40,8 +40,8 @@ def repeated(tree: Any, times: int) -> Any:
 class DividedLayer(nnx.Module):
     """Any layer cache under `shard_map`: rows and heads never read one another.
 
-    So a cache needs no code for a mesh, kernels run on what a device has, and nothing of it is ever moved. Where slots
-    are divided too, a cache is one that attends over a part of them; see `Slots`.
+    So a cache needs no code for a mesh, kernels run on what a device has, and nothing of it is moved but rows that are
+    taken to other devices. Where slots are divided too, a cache is one that attends over a part of them; see `Slots`.
     """
 
     inner: Any = nnx.data()
