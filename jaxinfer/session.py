@@ -101,9 +101,9 @@ class Session:
     def fork(self, suffixes: Sequence[Sequence[int]], room: int = 0, of: int | Sequence[int] = 0) -> "Session":
         """Return a session whose row i is row `of` (or of[i]) followed by suffixes[i], ready to decode `room` tokens.
 
-        Only the suffixes are computed. A cache in pages shares what the rows have in common, others copy their rows on
-        the device. The cache goes with the branches: this session has nothing cached until `join`. (The primitive of
-        Skeleton-of-Thought, 2307.15337, and APAR, 2401.06761.)
+        Only the suffixes are computed. A cache in pages shares what the rows have in common, on a mesh those that stay
+        on the devices of row `of`; others copy their rows on the device. The cache goes with the branches: this session
+        has nothing cached until `join`. (The primitive of Skeleton-of-Thought, 2307.15337, and APAR, 2401.06761.)
 
         Raises:
             InputError: no suffix, a row that does not exist or is empty, or what `feed` refuses.

@@ -35,11 +35,17 @@ TABLES = (  # rules beside the default ones, which each strategy's mesh axis ask
 BATCH, SLOTS, CHUNK = 4, 64, 16
 OPTIONS = {
     "kv_int4": {"group": 8, "residual": 8},  # so that some groups of a short text are packed
+    "kv_paged": {"page": 8},
     "kv_window": {"sinks": 2, "window": 6},
     "skip_layers": {"layers": (1,)},
     "early_exit": {"first": 1, "threshold": 0.1},
     "skip_decode": {"end": 24, "share": 0.5},
 }
+FORMS = {  # of a pass, beside the one that has its name
+    "kv_paged_int8": ("kv_paged", {"page": 8, "store": "int8"}),
+    "kv_paged_int4": ("kv_paged", {"page": 16, "store": "int4", "group": 8, "residual": 8}),
+}
+WHOLE = ("kv_int4", "kv_window", "kv_paged", *FORMS)  # caches whose slots are not divided: on a context refused
 LAYERS = {"skip_layers": 2, "early_exit": 2, "skip_decode": 2}  # of what is about layers; of the rest one tells
 SHAPE = dict(num_layers=1, embed_dim=64, mlp_dim=128, num_heads=8, head_dim=16, windows=(), qkv_bias=True)
 
@@ -93,6 +99,7 @@ def on_meshes(kind: str, name: str, program: Program, meshes: Sequence[str], rul
         placed = shard(mesh, rules)(program)
         got, cache = logits(placed)
         error = np.abs(got - want) / np.abs(want).max()
+        held = [leaf for leaf in jax.tree.leaves(cache.layers) if leaf.ndim > 2]  # no table: heads don't divide one
         weights = {path: leaf for path, leaf in leaves(placed.model).items() if leaf.ndim > 1}
         yield {
             "kind": kind, "name": name, "mesh": mesh, "rules": rules,
@@ -100,14 +107,15 @@ def on_meshes(kind: str, name: str, program: Program, meshes: Sequence[str], rul
             "whole": [path for path, leaf in weights.items() if leaf.sharding.is_fully_replicated],
             "bytes": sum(leaf.nbytes for leaf in weights.values()),
             "device_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in weights.values()),
-            "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)),
-            "cache_device_bytes": sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(cache.layers)),
+            "cache_bytes": sum(leaf.nbytes for leaf in held),
+            "cache_device_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in held),
         }  # fmt: skip
 
 
 def decoders() -> Iterator[dict]:
     """Yield a line a decoder and mesh: whether the tokens are those of one device; and of perplexity and logits."""
     program = base("dense")
+    paged = apply(program, ("kv_paged", OPTIONS["kv_paged"]))
     draft = random_program(tiny_config(num_layers=1, windows=(), num_heads=3, num_kv_heads=1), seed=5)
     rows = [[5, 6, 7, 5, 6, 7, 5, 6], [1, 2, 3], [9] * 5, [4, 8, 15, 16, 23, 42]]
     sampled = dict(temperature=0.9, top_k=20, repetition_penalty=1.1)
@@ -117,11 +125,14 @@ def decoders() -> Iterator[dict]:
         "ngram": (ji.speculative(program, adapt=False), {}),
         "lookahead": (ji.speculative(program, "lookahead", adapt=False), {}),
         "draft": (ji.speculative(program, draft, length=2, adapt=False), {}),
+        "kv_paged": (paged, {}),
+        "kv_paged lookahead": (ji.speculative(paged, "lookahead", adapt=False), {}),
+        "kv_paged_int4 ngram": (ji.speculative(apply(program, FORMS["kv_paged_int4"]), adapt=False), {}),
     }
     ids = (np.arange(300) * 5 % 96).tolist()
     for name, (one, options) in of.items():
         want = ji.generate(one, rows, max_new_tokens=8, **options)
-        for mesh in MESHES["dense"][:1] if options else (*MESHES["dense"][:3], *CACHES):
+        for mesh in MESHES["dense"][:1] if options or name.startswith("kv_") else (*MESHES["dense"][:3], *CACHES):
             many = shard(mesh)(one)
             got = ji.generate(many, rows, max_new_tokens=8, **options)
             yield {"decoder": name, "mesh": mesh, "same": bool((got.tokens == want.tokens).all())}
@@ -147,13 +158,13 @@ def main() -> None:
         for name in (n for n in names if n not in ("decoders", "tables")):
             if kind == "experts" and name not in ("none", "int4", "w8a8"):
                 continue
-            spec = () if name == "none" else ((name, OPTIONS.get(name, {})),)
+            spec = () if name == "none" else (FORMS.get(name, (name, OPTIONS.get(name, {}))),)
             program = apply(base(kind, LAYERS.get(name, 1)), *spec, calibration=calibration(kind))
             meshes = MESHES[kind]
             if kind == "dense" and (name == "none" or name.startswith("kv_")):
                 meshes += CACHES
-            if name in ("kv_int4", "kv_window"):
-                meshes = [mesh for mesh in meshes if "context" not in mesh]  # which is refused
+            if name in WHOLE:
+                meshes = [mesh for mesh in meshes if "context" not in mesh]
             for line in on_meshes(kind, name, program, meshes):
                 print(json.dumps(line), flush=True)
     if "tables" in names:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mesh_laws import SHAPE, base, calibration, compiled_step, logits, on_meshes
+from mesh_laws import FORMS, OPTIONS, SHAPE, base, calibration, compiled_step, logits, on_meshes
 from models import GOLDENS, random_program, tiny_config, tiny_moe
 
 import jaxinfer as ji
@@ -38,12 +38,13 @@ LAWS = {  # passes, and the layers and meshes of each
     "kv_fp8": (2, (TWO,)),
     "kv_int4": (4, (TWO, FOUR)),
     "kv_window": (2, (TWO,)),
+    "kv_paged": (4, (TWO, FOUR)),
+    "kv_paged_int4": (2, (TWO,)),
     "int8": (2, (TWO,)),
     "w8a8": (2, (TWO,)),
     "quarot": (2, (TWO,)),
     "int4": (4, (TWO, FOUR)),
 }
-OPTIONS = {"kv_int4": {"group": 8, "residual": 8}, "kv_window": {"sinks": 2, "window": 6}}
 ROWS = [[5, 6, 7, 5, 6, 7, 5, 6], [1, 2, 3], [9] * 5, [4, 8, 15, 16, 23, 42]]
 
 
@@ -65,10 +66,8 @@ def not_in_stages(program: Program, mesh: str) -> Program:
 
 def with_pass(name: str, layers: int) -> Program:
     """Return the dense program of so many layers under a pass."""
-    program = base("dense", layers)
-    return (
-        program if name == "none" else apply(program, (name, OPTIONS.get(name, {})), calibration=calibration("dense"))
-    )
+    program, spec = base("dense", layers), FORMS.get(name, (name, OPTIONS.get(name, {})))
+    return program if name == "none" else apply(program, spec, calibration=calibration("dense"))
 
 
 def laws() -> Iterator[dict]:
@@ -76,7 +75,7 @@ def laws() -> Iterator[dict]:
     for name, (layers, meshes) in LAWS.items():
         program = with_pass(name, layers)
         for line in on_meshes("dense", name, program, meshes):
-            if name in ("w8a8", "kv_fp8", "kv_int4"):
+            if name in ("w8a8", "kv_fp8", "kv_int4", "kv_paged_int4"):
                 one, _ = logits(not_in_stages(program, line["mesh"]))
                 many, _ = logits(shard(line["mesh"])(program))
                 line["same_mesh"] = float(np.abs(many - one).max() / np.abs(one).max())
@@ -135,8 +134,9 @@ def decoders() -> Iterator[dict]:
         for mesh in (TWO, FOUR, CONTEXT) if name == "greedy" else (TWO,):
             got = ji.generate(shard(mesh)(one), ROWS, max_new_tokens=8, **options)
             yield {"decoder": name, "mesh": mesh, "same": bool((got.tokens == want.tokens).all())}
-    want = branches(two)
-    yield {"decoder": "fork", "mesh": TWO, "same": branches(shard(TWO)(two)) == want, "tokens": want}
+    for one in (two, with_pass("kv_paged", 2)):
+        want = branches(one)
+        yield {"decoder": "fork", "mesh": TWO, "same": branches(shard(TWO)(one)) == want, "tokens": want}
 
 
 def branches(program: Program) -> list:

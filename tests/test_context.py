@@ -97,9 +97,10 @@ def test_a_cache_whose_slots_are_not_divided_is_refused_with_a_mesh_that_fits(me
     windowed = apply(Program(abstract(tiny_config())), "kv_window").model
     with pytest.raises(InputError, match=r"kv_window, which holds .* without context"):
         check_fits(windowed, mesh_of(mesh), RULES["mixed"])
-    paged = apply(Program(abstract(tiny_config())), "kv_paged").model
-    with pytest.raises(InputError, match=r"kv_paged, whose pages .* leave it out$"):
-        check_fits(paged, mesh_of(mesh), RULES["mixed"])
+    for form in ("kv_paged", "kv_paged:store=int4"):
+        paged = apply(Program(abstract(tiny_config())), form).model
+        with pytest.raises(InputError, match=rf"kv_paged, whose pages .*=\d: take .*; without context {fits},model=2"):
+            check_fits(paged, mesh_of(mesh), RULES["mixed"])
 
 
 def test_programs_on_a_divided_context_give_what_one_device_gives():

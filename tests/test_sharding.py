@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from command import TINY, process
 from jax.sharding import AbstractMesh, PartitionSpec
+from mesh_laws import FORMS, WHOLE
 from meshes import lines
 from models import random_model, tiny_config, tiny_moe
 from tpu import lines as tpu_lines
@@ -25,7 +26,7 @@ from jaxinfer.sharding.rules import RULES
 from jaxinfer.sharding.specs import cache_shardings, model_shardings
 from jaxinfer.tree import leaves
 
-NAMES = ["none", *(name for name in PASSES if name != "kv_paged")]
+NAMES = ["none", *PASSES, *FORMS]
 HALVES = (NAMES[::2], NAMES[1::2])
 
 
@@ -99,21 +100,17 @@ def test_packed_values_are_divided_by_whole_runs_and_scales_where_they_are_sever
     assert leaves(model_shardings(odd, mesh_of("model=2"), RULES["tensor"]))["embed.table"].spec == P()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("kv_")])
+@pytest.mark.parametrize("name", ["kv_paged:store=int4", *(n for n in PASSES if n.startswith("kv_"))])
 def test_every_array_of_a_cache_is_divided_by_rows_and_heads(name):
     model = apply(Program(abstract(tiny_config())), name).model
     cache = jax.eval_shape(lambda: model.init_cache(4, 256))
     specs = {s.spec for s in leaves(cache_shardings(cache, mesh_of("data=4,model=2"), RULES["tensor"])).values()}
-    assert specs == {PartitionSpec("data"), PartitionSpec("data", "model")}
+    pair = (None,) if "int4" in name and "paged" in name else ()  # of keys and values, side by side
+    assert {PartitionSpec("data"), PartitionSpec("data", *pair, "model")} <= specs
+    assert specs <= {PartitionSpec("data"), *(PartitionSpec("data", *more, "model") for more in ((), pair))}
     few = jax.eval_shape(lambda: model.init_cache(1, 256))  # one row is not divided: every device has it
     specs = {s.spec for s in leaves(cache_shardings(few, mesh_of("data=4,model=2"), RULES["tensor"])).values()}
-    assert specs == {PartitionSpec(), PartitionSpec(None, "model")}
-
-
-def test_pages_are_not_divided():
-    for form in ("kv_paged", "kv_paged:store=int4"):
-        with pytest.raises(InputError, match=r"kv_paged on a mesh: .*leave it out"):
-            ji.shard(make_mesh({"data": 1}))(apply(Program(abstract(tiny_config())), form))
+    assert {tuple(spec) for spec in specs} <= {(), (None, "model"), (None, *pair, "model")}
 
 
 def check_law(line: dict) -> None:
@@ -146,7 +143,7 @@ def test_every_pass_and_cache_gives_on_every_mesh_what_one_device_gives(names):
         (name, mesh)
         for name in names
         for mesh in ("data=2,model=4", "fsdp=8", "fsdp=2,model=4", "context=2,fsdp=2,model=2", "context=4,model=2")
-        if name not in ("kv_int4", "kv_window") or "context" not in mesh  # refused
+        if name not in WHOLE or "context" not in mesh
         if name in ("none", "kv_int8", "kv_fp8") or mesh != "context=4,model=2"
     }
     for line in found:
@@ -165,8 +162,9 @@ def test_every_table_of_rules_gives_what_one_device_gives():
 
 def test_every_decoder_gives_on_every_mesh_the_tokens_of_one_device():
     *found, last = lines("mesh_laws.py", "decoders")
-    assert {line["decoder"] for line in found} == {"greedy", "sampled", "ngram", "lookahead", "draft"}
-    assert len(found) == 17
+    paged = {"kv_paged", "kv_paged lookahead", "kv_paged_int4 ngram"}
+    assert {line["decoder"] for line in found} == {"greedy", "sampled", "ngram", "lookahead", "draft", *paged}
+    assert len(found) == 17 + 3
     assert all(line["same"] for line in found), found
     np.testing.assert_allclose(last["perplexity"][1], last["perplexity"][0], rtol=1e-5)
 
@@ -205,11 +203,14 @@ def test_programs_for_four_tpus_call_kernels_and_never_gather_a_cache():
         "decode_int8_kv_int8": {"decode_attention", "quantized_matmul"},
         "decode_int4_kv_int4": {"kivi_attention", "quantized_matmul"},
         "decode_w8a8": {"decode_attention", "quantized_matmul"},
+        "decode_kv_paged": {"paged_decode_attention"},
+        "decode_kv_paged_int4": {"paged_kivi_attention"},
         "prefill": {"prefill_attention"},
         "context_decode": {"decode_attention"},
         "context_decode_int8_kv_int8": {"decode_attention", "quantized_matmul"},
         "context_prefill": {"prefill_attention"},
         "stage_decode_int8_kv_int8": {"decode_attention", "quantized_matmul"},
+        "stage_decode_kv_paged": {"paged_decode_attention"},
         "stage_prefill": {"prefill_attention"},
     }
     for name, line in found.items():

@@ -69,12 +69,12 @@ def test_prompts_are_cut_where_computing_dominates(rows, tokens, mesh, pieces):
 
 def test_every_pass_cache_and_table_of_rules_gives_in_stages_what_one_device_gives():
     found = lines("mesh_stages.py", "laws")
-    assert len(found) == 20 and {line["rules"] for line in found} == {"mixed", "fully_sharded", "data", "expert"}
-    names = {"none", "kv_int8", "kv_fp8", "kv_int4", "kv_window", "int8", "w8a8", "quarot", "int4"}
-    assert {line["name"] for line in found} == names
+    assert len(found) == 23 and {line["rules"] for line in found} == {"mixed", "fully_sharded", "data", "expert"}
+    caches = {"kv_int8", "kv_fp8", "kv_int4", "kv_window", "kv_paged", "kv_paged_int4"}
+    assert {line["name"] for line in found} == {"none", *caches, "int8", "w8a8", "quarot", "int4"}
     for line in found:
         rounds = "same_mesh" in line
-        assert rounds == (line["name"] in ("kv_fp8", "kv_int4", "w8a8")), line
+        assert rounds == (line["name"] in ("kv_fp8", "kv_int4", "kv_paged_int4", "w8a8")), line
         assert line["largest"] < (0.05 if rounds else 1e-4) and line["median"] < 1e-5, line
         assert line.get("same_mesh", 0) < 1e-6, line  # nothing is rounded that is not without stages
         assert line["cache_bytes"] == 8 * line["cache_device_bytes"], line
@@ -90,7 +90,7 @@ def test_prompts_in_pieces_give_what_one_device_gives():
 
 def test_every_decoder_and_session_gives_in_stages_the_tokens_of_one_device():
     found = lines("mesh_stages.py", "decoders")
-    assert len(found) == 10 and all(line["same"] for line in found), found
+    assert len(found) == 11 and all(line["same"] for line in found), found
     assert len({token for rows in found[-1]["tokens"] for row in rows for token in row}) > 8
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tpu_programs import CONFIG
+from tpu_programs import CONFIG, PAGED_INT4
 
 from jaxinfer.decode import loop
 from jaxinfer.decode.sampling import Sampling
@@ -30,11 +30,14 @@ PROGRAMS = {
     "decode_int8_kv_int8": (("int8", "kv_int8"), 1),
     "decode_int4_kv_int4": ((("int4", {"group": 64}), ("kv_int4", {"group": 64})), 1),
     "decode_w8a8": (("w8a8",), 1),
+    "decode_kv_paged": (("kv_paged",), 1),
+    "decode_kv_paged_int4": ((PAGED_INT4,), 1),
     "prefill": ((), 64),
     "context_decode": ((), 1, CONTEXT),
     "context_decode_int8_kv_int8": (("int8", "kv_int8"), 1, CONTEXT),
     "context_prefill": (("int8",), 64, CONTEXT),
     "stage_decode_int8_kv_int8": (("int8", "kv_int8"), 1, STAGES),
+    "stage_decode_kv_paged": (("kv_paged",), 1, STAGES),
     "stage_prefill": ((), 256, STAGES),
 }
 BATCH, SLOTS = 4, 512

@@ -3,6 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -13,7 +14,8 @@ from jaxinfer.ops.token_tree import TokenTree
 class LayerCache(Protocol):
     """The storage of one attention layer. It owns its index algebra; lengths come from the whole-model cache.
 
-    A step is `append`, then `attend` from the tokens just appended.
+    A step is `append`, then `attend` from the tokens just appended. Arrays are `[B, K, S, ...]`, or fewer of these
+    axes; a node whose arrays are others has `axes`, which names those of each field as the rules of a mesh do.
     """
 
     @property
@@ -104,10 +106,15 @@ class Cache(nnx.Module):
         """Return a cache of its own, whose row i is a copy of row rows[i]."""
         return Cache(length=self.length[rows], layers=[layer.take(rows) for layer in self.layers])
 
+    def stays(self, rows: Int[np.ndarray, "n"]) -> bool:
+        """Return whether row i of a fork is where row rows[i] is, for all i: on one device it is."""
+        return all(layer.stays(rows) for layer in self.layers if hasattr(layer, "stays"))
+
     def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "Cache":
         """Return a cache whose row i goes on from the first length[i] tokens of row rows[i], for up to `room` more.
 
-        A cache in pages shares them, others copy their rows. No row may be appended to below length[i].
+        A cache in pages shares them, others copy their rows. No row may be appended to below length[i], and each must
+        stay where it is: see `stays`, and `take` them to their places where they don't.
         """
         length = jnp.minimum(self.length[rows], length)
         return Cache(length=length, layers=[layer.fork(rows, length, room) for layer in self.layers])

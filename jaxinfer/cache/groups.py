@@ -156,12 +156,18 @@ def _fit(x: Array, axis: int, bits: int) -> tuple[Array, Array, Array]:
     """Return codes, and the scales and offsets of the grids that span the smallest and largest number along `axis`."""
     x, top = x.astype(jnp.float32), 2**bits - 1
     low, high = x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True)
-    offset = low.astype(GRID_DTYPE)
-    start = offset.astype(jnp.float32)
+    offset = _rounded(low)
     # Where rounding put the offset above the smallest number, that one must still be half a scale away at most.
-    scale = jnp.maximum((high - start) / top, 2 * (start - low)).astype(GRID_DTYPE)
-    codes = (x - start) / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
-    return jnp.clip(jnp.round(codes), 0, top).astype(jnp.uint8), scale, offset
+    scale = _rounded(jnp.maximum((high - offset) / top, 2 * (offset - low)))
+    codes = (x - offset) / jnp.where(scale > 0, scale, 1)
+    grid = (part.astype(GRID_DTYPE) for part in (scale, offset))
+    return jnp.clip(jnp.round(codes), 0, top).astype(jnp.uint8), *grid
+
+
+def _rounded(x: Array) -> Array:
+    """Return numbers as the grids' dtype has them, still in float32: XLA leaves out a cast there and back."""
+    kind = jnp.finfo(GRID_DTYPE)
+    return jax.lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
 
 
 def _pack(codes: Array, bits: int) -> Array:

@@ -1,12 +1,15 @@
 """Packed groups in pages that rows share (KIVI, 2402.02750; PagedAttention, 2309.06180)."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
 from jaxinfer.cache.groups import Groups, empty_groups
-from jaxinfer.cache.page_table import copy_pages, fork_pages, own_table
+from jaxinfer.cache.page_table import copy_pages, fork_pages, join_table, own_table
+from jaxinfer.ops.placement import Names
 from jaxinfer.ops.scatter import put, put_box
 
 
@@ -21,6 +24,10 @@ class PackedPages(nnx.Module):
     key_grids: Float[Array, "P 2 K groups H"] = nnx.data()  # scales, offsets
     value_grids: Float[Array, "P 2 KR page"] = nnx.data()
     table: Int[Array, "B M"] = nnx.data()
+    axes: ClassVar[dict[str, Names]] = {
+        "codes": ("batch", None, "kv_heads"), "key_grids": ("batch", None, "kv_heads"),
+        "value_grids": ("batch", None, "kv_heads"), "table": ("batch",),
+    }  # fmt: skip
 
     @property
     def kv_heads(self) -> int:
@@ -41,6 +48,11 @@ class PackedPages(nnx.Module):
     def together(self) -> int:
         """How many groups lie together: those of a page."""
         return self.key_grids.shape[3]
+
+    @property
+    def slots(self) -> int:
+        """How many tokens a row may have."""
+        return self.table.shape[1] * self.page
 
     @property
     def count(self) -> int:
@@ -113,6 +125,11 @@ class PackedPages(nnx.Module):
         pool = (self.codes, self.key_grids, self.value_grids)
         pool, table = fork_pages(pool, self.table[rows], self.page, length, room)
         return PackedPages(*pool, table)
+
+    def joined(self, pools: int) -> "PackedPages":
+        """Return the rows of so many pools, end to end, each with as many rows, as rows of one pool."""
+        table = join_table(self.table, len(self.codes), pools)
+        return PackedPages(self.codes, self.key_grids, self.value_grids, table)
 
     def _groups(self, part) -> Groups:
         """Return `part(array, i)` of the keys' and the values' arrays, i = 0 and 1 in each."""

@@ -17,6 +17,12 @@ def own_table(pages: int, rows: int) -> Int[Array, "B M"]:
     return jnp.arange(1, pages, dtype=jnp.int32).reshape(rows, -1)
 
 
+def join_table(table: Int[Array, "B M"], pages: int, pools: int) -> Int[Array, "B M"]:
+    """Return the table of rows in so many pools of their own, end to end, as one of a pool of all the `pages` pages."""
+    own = jnp.arange(len(table)) // (len(table) // pools)
+    return table + pages // pools * own[:, None]
+
+
 def copy_pages(pool: Pool, table: Int[Array, "B M"]) -> Pool:
     """Return a pool of copies of a table's pages, row by row: `own_table` tells where they are."""
 

@@ -1,15 +1,17 @@
 """Keys and values in pages of some tokens, found through a table: rows that begin alike can share their pages."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxinfer.cache.page_table import copy_pages, fork_pages, own_table
+from jaxinfer.cache.page_table import copy_pages, fork_pages, join_table, own_table
 from jaxinfer.cache.quantized import quantize
 from jaxinfer.errors import InputError
 from jaxinfer.ops.paged_attention import New, Pages, paged_attention, read_pages, write_pages
+from jaxinfer.ops.placement import Names
 from jaxinfer.ops.token_tree import TokenTree
 
 
@@ -40,6 +42,14 @@ class PagedLayer(nnx.Module):
     pages: Pages = nnx.data()
     table: Int[Array, "B M"] = nnx.data()
     new: New | None = nnx.data()  # between append and attend: one call does both
+    axes: ClassVar[dict[str, Names]] = {
+        "pages": ("batch", "kv_heads"), "table": ("batch",), "new": ("batch", None, "kv_heads"),
+    }  # fmt: skip
+
+    @property
+    def slots(self) -> int:
+        """How many tokens a row may have."""
+        return self.table.shape[1] * self.pages.k.shape[2]
 
     @property
     def exact_rewind(self) -> None:
@@ -98,6 +108,11 @@ class PagedLayer(nnx.Module):
         """Return rows that share the pages that are full; of the last one, partly filled, each has a copy."""
         pages, table = fork_pages(self._written(), self.table[rows], self.pages.k.shape[2], length, room)
         return PagedLayer(pages=pages, table=table, new=None)
+
+    def joined(self, pools: int) -> "PagedLayer":
+        """Return the rows of so many pools, end to end, each with as many rows, as rows of one pool."""
+        table = join_table(self.table, len(self.pages.k), pools)
+        return PagedLayer(pages=self.pages, table=table, new=self.new)
 
     def _written(self) -> Pages:
         """Return the pages with what was appended last in them."""

@@ -117,9 +117,18 @@ def rewind(cache: Cache, length: Int[Array, "B"]) -> Cache:
     return cache.rewind(length)
 
 
+def fork(cache: Cache, rows: Int[np.ndarray, "n"], length: Int[np.ndarray, "n"], room: int) -> Cache:
+    """Return a cache whose row i goes on from the first length[i] tokens of row rows[i], for up to `room` more.
+
+    Rows that don't stay on their devices are copied to others, and share nothing.
+    """
+    if not cache.stays(rows):
+        cache, rows = take(cache, rows), np.arange(len(rows), dtype=np.int32)
+    return _fork(cache, rows, length, room)
+
+
 @functools.partial(jax.jit, static_argnames="room")
-def fork(cache: Cache, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> Cache:
-    """Return a cache whose row i goes on from the first length[i] tokens of row rows[i], for up to `room` more."""
+def _fork(cache, rows, length, room):
     return cache.fork(rows, length, room)
 
 

@@ -44,6 +44,10 @@ class Rules:
             entries.pop()
         return PartitionSpec(*entries)
 
+    def row_axes(self, rows: int, mesh: Mapping[str, int]) -> tuple[str, ...]:
+        """Return the axes of the mesh over which so many rows of a batch are divided."""
+        return first_entry(self.spec(("batch",), (rows,), mesh))
+
     def token_axes(self, tokens: int, mesh: Mapping[str, int]) -> tuple[str, ...]:
         """Return the axes of the mesh over which a step's new tokens of a row are divided: none of a few tokens."""
         axes = self.mesh_axes("sequence", mesh)

@@ -19,9 +19,9 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import abstract
 from jaxinfer.ops.placement import Rules
 from jaxinfer.program import Program
-from jaxinfer.sharding.context import slots_on
+from jaxinfer.sharding.cache import empty_cache
 from jaxinfer.sharding.fitting import fit
-from jaxinfer.sharding.model import check_stages
+from jaxinfer.sharding.model import OnMesh, check_stages
 from jaxinfer.sharding.rules import DEFAULT, RULES
 from jaxinfer.sharding.shard import put
 from jaxinfer.sharding.specs import cache_shardings, model_shardings
@@ -56,8 +56,10 @@ class Built:
 
     def cache(self, rows: int, context: int) -> tuple[Cache, Any]:
         """Return an empty cache of `rows` rows for `context` tokens, and its shardings."""
-        slots = slots_on(slots_for(context), self.sizes, self.rules)
-        cache = jax.eval_shape(lambda: self.model.init_cache(rows, slots))
+        create = self.model.init_cache
+        if not isinstance(self.model, OnMesh):  # which divides its own
+            create = functools.partial(empty_cache, create, mesh=self.sizes, rules=self.rules)
+        cache = jax.eval_shape(lambda: create(rows, slots_for(context)))
         return cache, cache_shardings(cache, self.mesh, self.rules)
 
     def ways(self, name: str, size: int) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from jaxinfer.cache.packed_pages import PackedPages
+from jaxinfer.cache.paged import PagedLayer
 from jaxinfer.cache.streaming import Streaming
 from jaxinfer.models.moe import Experts
 from jaxinfer.ops.quantized import is_quantized
@@ -14,6 +16,8 @@ from jaxinfer.plan.building import Built
 from jaxinfer.sharding.names import owner
 from jaxinfer.sharding.specs import shard_bytes
 from jaxinfer.tree import path_of
+
+_PAGED = (PagedLayer, PackedPages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,5 +139,7 @@ def _attention(built: Built, rows: int, tokens: int, before: int, context: int) 
 
 
 def _slots(layers: Any) -> int:
-    """Return the slots of layers' caches, the most of them: the third axis."""
-    return max(leaf.shape[2] for leaf in jax.tree.leaves(layers) if len(leaf.shape) > 2)
+    """Return the slots of layers' caches, the most of them: the third axis, or what the pages of a row have."""
+    nodes = jax.tree.leaves(layers, is_leaf=lambda node: isinstance(node, _PAGED))
+    paged = [node.slots for node in nodes if isinstance(node, _PAGED)]
+    return max(paged or [leaf.shape[2] for leaf in nodes if len(leaf.shape) > 2])

@@ -18,8 +18,8 @@ from jaxinfer.models.transformer import Attention
 from jaxinfer.plan.building import Built
 from jaxinfer.plan.hlo import Collective
 from jaxinfer.plan.turns import turns_of
-from jaxinfer.sharding.cache import STAGE
 from jaxinfer.sharding.specs import shard_bytes
+from jaxinfer.sharding.staged_cache import STAGE
 from jaxinfer.tree import select
 
 LAUNCHES = 16  # of a layer, about: its products, norms, attention and cache, and what XLA fuses between them

@@ -36,7 +36,7 @@ _PEOPLE = {
 
 _WHOLE = {
     Kivi: "kv_int4, whose old tokens are in groups of many",
-    Paged: "kv_paged, whose pages are of all rows",
+    Paged: "kv_paged, whose pages of a row are in any order",
     Streaming: "kv_window, which holds a window of slots whatever the context",
 }
 
@@ -88,11 +88,12 @@ def check_fits(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
 def _check_caches(model: Any, sizes: dict[str, int], rules: Rules) -> None:
     """Raise InputError where a context is divided and some layer's cache is of a kind that can't be."""
     axes = rules.mesh_axes("sequence", sizes)
-    kinds = {type(node.cache) for node in select(model, Attention).values()} - {Dense, QuantizedCache}
+    caches = [node.cache for node in select(model, Attention).values()]
+    kinds = {Paged if getattr(cache, "page", None) else type(cache) for cache in caches} - {Dense, QuantizedCache}
     if not axes or not kinds:
         return
     kind = next((what for known, what in _WHOLE.items() if known in kinds), "this model's cache")
-    fitting = None if Paged in kinds else mesh_without(axes, model, sizes, rules)  # no mesh takes pages
+    fitting = mesh_without(axes, model, sizes, rules)
     raise InputError(
         f"mesh {show_mesh(sizes)}: {kind} is not divided by {show_mesh({a: sizes[a] for a in axes})}: take kv_int8 or "
         "kv_fp8, or leave it out" + (f"; without context {show_mesh(fitting)} fits" if fitting else "")

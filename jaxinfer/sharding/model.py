@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
@@ -13,13 +12,13 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxinfer.cache.base import Cache
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import Transformer
-from jaxinfer.ops.placement import Rules, first_entry, placed
+from jaxinfer.ops.placement import Rules, placed
 from jaxinfer.ops.token_tree import TokenTree
-from jaxinfer.sharding.cache import STAGE, DividedLayer, StagedLayer
-from jaxinfer.sharding.context import slots_on
+from jaxinfer.sharding.cache import DividedLayer, empty_cache, repeated
 from jaxinfer.sharding.fitting import mesh_without
 from jaxinfer.sharding.mesh import show_mesh
 from jaxinfer.sharding.specs import cache_shardings
+from jaxinfer.sharding.staged_cache import STAGE, StagedLayer
 from jaxinfer.sharding.stages import run_stages, stages_on, unstack
 
 
@@ -40,18 +39,18 @@ class OnMesh:
         Raises:
             InputError: a context is to be divided, and some layer's cache can't attend over a part of its slots.
         """
-        cache = super().init_cache(batch, slots_on(slots, self.mesh.shape, self.rules), dtype)
-        heads, over = (self.rules.mesh_axes(name, self.mesh.shape) for name in ("kv_heads", "sequence"))
+        create = functools.partial(super().init_cache, dtype=dtype)
+        cache = empty_cache(create, batch, slots, self.mesh.shape, self.rules)
+        over = self.rules.mesh_axes("sequence", self.mesh.shape)
         whole = {type(layer).__name__ for layer in cache.layers if not hasattr(layer, "attend_part")}
         if over and whole:
             raise InputError(
                 f"mesh {show_mesh(self.mesh.shape)}: {whole.pop()} is not divided by {over[0]}; leave it out"
             )
-        fields = dict(mesh=self.mesh.abstract_mesh, rows=self._row_axes(batch), heads=heads, slots=over)
+        fields = dict(mesh=self.mesh.abstract_mesh, rules=self.rules, batch=batch)
         layers = [DividedLayer(layer, **fields) for layer in cache.layers]
         if self.stages > 1:
-            each = lambda x: jnp.tile(x, (self.stages, *(1,) * (x.ndim - 1)))  # noqa: E731
-            layers = [StagedLayer(jax.tree.map(each, layer), mesh=self.mesh.abstract_mesh) for layer in layers]
+            layers = [StagedLayer(repeated(layer, self.stages), mesh=self.mesh.abstract_mesh) for layer in layers]
         return self._constrain(Cache(cache.length, layers))
 
     def __call__(self, tokens: Array, cache: Cache, *args: Any, **options: Any) -> tuple[Array, Cache]:
@@ -91,16 +90,14 @@ class OnMesh:
             x, cache = run_stages(self.layers, x, cache, counts, tree, self.mesh.abstract_mesh, self.rules)
         return self._put_tokens(x), self._constrain(cache), []
 
-    def _row_axes(self, batch: int) -> tuple[str, ...]:
-        return first_entry(self.rules.spec(("batch",), (batch,), self.mesh.shape))
-
     def _constrain(self, cache: Cache) -> Cache:
         return jax.lax.with_sharding_constraint(cache, cache_shardings(cache, self.mesh, self.rules))
 
     def _put_tokens(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return hidden states where the work on them is to be done."""
-        spec = PartitionSpec(self._row_axes(len(x)), self.rules.token_axes(x.shape[1], self.mesh.shape))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        B, T, _ = x.shape
+        axes = self.rules.row_axes(B, self.mesh.shape), self.rules.token_axes(T, self.mesh.shape)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The logical names of the axes of every array in a model: from its node's own, by the shapes."""
+"""The logical names of the axes of every array in a model or a cache: its node's own; in a model by the shapes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +36,16 @@ def names_of(node: Any, field: str, shape: Sequence[int]) -> Names:
         names.append(None if at is None else rest[at][0])
         rest = rest if at is None else rest[at + 1 :]
     return tuple(names)
+
+
+def cache_names(cache: Any) -> list[Names]:
+    """Return the names of the axes of each array of a cache, in the order of `jax.tree.leaves`."""
+    found = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(cache)[0]:
+        node, field = owner(cache, keys)
+        names = ("batch", "kv_heads", "sequence") if node is None else node.axes[field.partition(".")[0]]
+        found.append((*names, *(None for _ in leaf.shape))[: len(leaf.shape)])
+    return found
 
 
 def sizes_of(node: Any) -> Sizes:

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.moe import MoE
-from jaxinfer.models.transformer import Attention, Transformer
+from jaxinfer.models.transformer import Transformer
 from jaxinfer.ops.placement import Rules
 from jaxinfer.program import Program
 from jaxinfer.sharding.experts import DividedMoE
@@ -95,8 +95,6 @@ def find_rules(name: str) -> Rules:
 def put(model: Transformer, mesh: Mesh | AbstractMesh, rules: Rules) -> Transformer:
     """Return the model on the mesh, in the form that the mesh divides; one in stages is taken out of them before."""
     model = off_stages(model)
-    if any(getattr(node.cache, "page", None) for node in select(model, Attention).values()):
-        raise InputError("kv_paged on a mesh: pages of all rows are one pool, which is not divided; leave it out")
     check_stages(model, mesh.shape, rules)
     fields = {name: getattr(model, name) for name in type(model).__dataclass_fields__}
     model = on_mesh(type(model))(**{**fields, "mesh": mesh, "rules": rules})

@@ -1,19 +1,20 @@
 """The sharding of every leaf of a model or a cache, from the logical names of its axes: no leaf has code of its own."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jaxinfer.cache.base import Cache
 from jaxinfer.ops.placement import Rules
 from jaxinfer.ops.quantized import FOUR_BIT, RUN, Packed, is_quantized
-from jaxinfer.sharding.cache import StagedLayer, staged
 from jaxinfer.sharding.fitting import check_fits
-from jaxinfer.sharding.names import names_of, owner
-from jaxinfer.sharding.stages import leaf_mesh, stages_on
-from jaxinfer.tree import path_of
+from jaxinfer.sharding.names import cache_names, names_of, owner
+from jaxinfer.sharding.staged_cache import StagedLayer, staged
+from jaxinfer.sharding.stages import leaf_mesh
+from jaxinfer.tree import path_of, replace
 
 
 def model_shardings(model: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
@@ -54,31 +55,24 @@ def sharding_of(model: Any, mesh: Mesh, rules: Rules) -> Callable[[str, Any], Na
     return lambda path, shape: NamedSharding(leaf_mesh(path, layers, mesh, rules), specs[path, shape.shape])
 
 
-def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+def cache_shardings(cache: Cache, mesh: Mesh | AbstractMesh, rules: Rules) -> Cache:
     """Return the cache's tree with a NamedSharding for each leaf; shapes are enough.
 
-    Every array of a cache is `[B, K, ...]`, or `[B]`: rows, then heads (or the runs of channels of a head). The third
-    axis is the slots where a context is divided, which the kinds of cache that have others refuse. Of layers in stages
-    the rows of each stage follow one another.
+    Every array is divided as its cache's rows are: the first axis is theirs, or that of a pool of pages, which is as
+    many pools, end to end, as rows are divided into. Of layers in stages those of each stage follow one another.
     """
-    sizes = dict(mesh.shape)
+    (batch,), sizes = cache.length.shape, dict(mesh.shape)
 
     def lie(node: Any) -> Any:
-        stages = stages_on(sizes, rules) if isinstance(node, StagedLayer) else 1
+        leaves, structure = jax.tree.flatten(node)
+        specs = [
+            rules.spec(names, (batch, *leaf.shape[1:]), sizes)
+            for names, leaf in zip(cache_names(node), leaves, strict=True)
+        ]
+        specs = [staged(spec) for spec in specs] if isinstance(node, StagedLayer) else specs
+        return jax.tree.unflatten(structure, [NamedSharding(mesh, spec) for spec in specs])
 
-        def place(leaf: Any) -> NamedSharding:
-            spec = cache_spec((leaf.shape[0] // stages, *leaf.shape[1:]), sizes, rules)
-            return NamedSharding(mesh, staged(spec) if stages > 1 else spec)
-
-        return jax.tree.map(place, node)
-
-    return jax.tree.map(lie, cache, is_leaf=lambda node: isinstance(node, StagedLayer))
-
-
-def cache_spec(shape: Sequence[int], sizes: Mapping[str, int], rules: Rules) -> PartitionSpec:
-    """Return how one array of a cache lies."""
-    names = ("batch", "kv_heads", "sequence")[: len(shape)]
-    return rules.spec((*names, *(None for _ in shape[len(names) :])), shape, sizes)
+    return replace(cache, length=lie(cache.length), layers=[lie(layer) for layer in cache.layers])
 
 
 def shard_bytes(tree: Any, shardings: Any) -> int:

@@ -20,7 +20,7 @@ from jaxinfer.cache.base import Cache
 from jaxinfer.models.transformer import run_block
 from jaxinfer.ops.placement import Rules, first_entry
 from jaxinfer.ops.token_tree import TokenTree
-from jaxinfer.sharding.cache import STAGE, StagedLayer, staged
+from jaxinfer.sharding.staged_cache import STAGE, StagedLayer, staged
 
 ENOUGH = 256  # tokens of a piece on a device: with fewer, products take as long as their weights take to read
 MOST = 4  # pieces for each stage: of 4 p + p - 1 turns a stage then rests in p - 1, a fifth at most
@@ -116,8 +116,7 @@ def run_stages(
         stage = jax.lax.axis_index(STAGE)
         offset = jnp.arange(t, dtype=jnp.int32)[None]
         depth = offset if tree is None else tree.depth
-        rows = first_entry(rules.spec(("batch",), (B,), mesh.shape))
-        lies = PartitionSpec(rows, rules.token_axes(t, mesh.shape))
+        lies = PartitionSpec(rules.row_axes(B, mesh.shape), rules.token_axes(t, mesh.shape))
 
         def turn(i: Array, carry: tuple) -> tuple:
             come, caches, out = carry
@@ -156,7 +155,7 @@ def pieces_of(rows: int, tokens: int, mesh: Mapping[str, int], rules: Rules, cha
     As many as leave each piece `ENOUGH` tokens of all rows on a device, up to `MOST` for each stage. Tokens that a
     context divides stay divided.
     """
-    ways = np.prod([mesh[a] for a in first_entry(rules.spec(("batch",), (rows,), mesh))], initial=1)
+    ways = np.prod([mesh[a] for a in rules.row_axes(rows, mesh)], initial=1)
     pieces = 1
     while (
         chain
