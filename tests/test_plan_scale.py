@@ -72,11 +72,29 @@ def test_the_matrix_says_why_a_cell_is_not_there_and_does_not_plan_one_twice(tmp
     lines = [line for line in capsys.readouterr().out.splitlines() if asked.model in line]
     assert len(lines) == 2 and "tok/s" in lines[0] and len(sweep.rows_of(out)) == 4
     assert plan_matrix._cell(None) == "not run"
-    monkeypatch.setattr(choice, "best", lambda asked: pytest.fail(f"searched again for {asked}"))
+    monkeypatch.setattr(choice, "ranked", lambda asked: pytest.fail(f"searched again for {asked}"))
     for again in ("--shapes-only", "--markdown"):
         plan_matrix.main([*command, again])
         assert [line for line in capsys.readouterr().out.splitlines() if asked.model in line] == lines
     assert len(sweep.rows_of(out)) == 4
+
+
+def test_a_mesh_that_does_not_fit_once_compiled_makes_room_for_the_next_best(monkeypatch):
+    asked = Request(model="llama3-8b", topology="v5e:4x4", context=plan_matrix.CONTEXT, phases=("decode",))
+    first, second = (dataclasses.replace(asked, mesh=mesh) for mesh in ("stage=2,model=8", "model=16"))
+    monkeypatch.setattr(choice, "ranked", lambda _: [first, second])
+    cell = [["llama3-8b"], ["bf16"], ["v5e:4x4"]]
+
+    def row(request: Request, free: float, rate: float) -> dict:
+        phases = {"decode": {"error": None}}
+        return {"request": json.loads(json.dumps(dataclasses.asdict(request))), "memory": {"free": free},
+                "phases": phases, "tokens_per_second_per_chip": rate}  # fmt: skip
+
+    large, small = row(first, -1e9, 20.0), row(second, 1e9, 10.0)
+    assert plan_matrix.requests(*cell, []) == plan_matrix.requests(*cell, [row(first, 0, 1.0)]) == [first]
+    assert plan_matrix.requests(*cell, [large]) == plan_matrix.requests(*cell, [large, small]) == [second]
+    assert plan_matrix.best_of([large, small]) is small and plan_matrix.best_of([large, large | {}]) is large
+    assert plan_matrix.requests(*cell, [large, row(second, -2e9, 10.0)]) == [first]  # nothing is left
 
 
 def test_the_readme_has_the_matrix_of_the_rows_that_were_planned():

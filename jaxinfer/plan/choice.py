@@ -14,22 +14,27 @@ _ROOM = 0.9  # of memory for weights and cache by their shapes; the rest for wha
 
 
 def best(request: Request, most_rows: int = 64) -> Request | None:
-    """Return the request with the mesh and batch of the most tokens a second and chip; None where none fits.
+    """Return the first of `ranked`; None where none fits."""
+    return next(iter(ranked(request, most_rows)), None)
+
+
+def ranked(request: Request, most_rows: int = 64) -> list[Request]:
+    """Return the request with each mesh that fits and its batch, that of the most tokens a second and chip first.
 
     The model is divided over a power of two of devices, up to 64, or over all; of more of them than it has key heads,
     which would be repeated, in stages too. `most_rows` bounds the rows of each such group. From shapes alone.
     """
     devices = parse_topology(request.topology).devices
-    found: tuple[float, Request] | None = None
+    found: list[tuple[float, Request]] = []
     for sizes in _meshes(devices, find_shape(request.model)[0].num_kv_heads):
         groups = sizes["data"]
         mesh = show_mesh({axis: n for axis, n in sizes.items() if n > 1 or axis == "model"})
         asked = dataclasses.replace(request, mesh=mesh, rules="tensor", batch=most_rows * groups)
         asked = _fitting(asked, most_rows)
         rate = None if asked is None else tokens_per_second(_guess(asked))
-        if rate is not None and (found is None or rate > found[0]):
-            found = rate, asked
-    return None if found is None else found[1]
+        if rate is not None:
+            found.append((rate, asked))
+    return [asked for _, asked in sorted(found, key=lambda pair: -pair[0])]
 
 
 def _meshes(devices: int, heads: int) -> Iterator[dict[str, int]]:
