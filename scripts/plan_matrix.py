@@ -86,8 +86,9 @@ def _cell(row: sweep.Row | None) -> str:
     ways = row["devices"] * decode["rows"] // row["batch"]
     per_copy = row["mesh"].rpartition("model=")[2] or ways
     stages = re.search(r"stage=\d+,", row["mesh"])
+    mesh = f"{stages[0]} model={per_copy}" if stages else f"model={per_copy}"
     rate, step = row["tokens_per_second_per_chip"], 1e3 * decode["times"]["step"]
-    return f"{rate:.0f} tok/s, {step:.1f} ms, {memory['total'] / 1e9:.1f} GB; {stages[0] + ' ' if stages else ''}model={per_copy}, batch {row['batch']}"
+    return f"{rate:.0f} tok/s, {step:.1f} ms, {memory['total'] / 1e9:.1f} GB; {mesh}, batch {row['batch']}"
 
 
 def main(argv: list[str] | None = None) -> None:
