@@ -56,7 +56,7 @@ def _tpu(
 # Attention of prompts: of v5e and v6e the static estimates of our kernel (its softmax, not the MXU, is the limit on
 # v6e), of tpu7x and H100 what tokamax's splash attention and cuDNN were measured to get; of v5p and v4 as of v5e.
 # What a launch takes on an H100 is what a bfloat16 step of Llama-3-8B's shape took there beyond its bytes at the share
-# below, over its 467 kernels (`benchmarks/results/step_h100.jsonl`). On a TPU a program is one.
+# above, over its 467 kernels (`benchmarks/results/step_h100.jsonl`). On a TPU a program is one.
 HARDWARE = {
     "v5e": _tpu("v5e", 16, 45e9, 2, 16, 0.70),
     "v5p": _tpu("v5p", 95, 90e9, 3, 4, 0.70),
