@@ -1,14 +1,16 @@
 """Torch peers of `jaxinfer bench` on a GPU: transformers with sdpa, plain and compiled with a static cache.
 
-    python scripts/gpu_peer_worker.py --model llama3-8b --batch 1 --context 1024 [--new-tokens 64] [--out FILE]
+    python scripts/gpu_peer_worker.py --model llama3-8b --batch 1 --batch 16 --context 1024 [--out FILE]
 
-prints a JSON line for each of `transformers sdpa` and `transformers compiled`: the same architecture with random
-weights in bfloat16, greedy, no early stop, in the fields of jaxinfer bench. Decoding
-is a loop of forward passes and argmax on the device, without `generate`'s bookkeeping. --wait FILE compiles first and
-waits for the file before it times, so that compiling can go on beside other work. Needs torch and transformers.
+prints a JSON line for each of `transformers sdpa` and `transformers compiled`, and each batch and context: the same
+architecture with random weights in bfloat16, greedy, no early stop, in the fields of jaxinfer bench. Decoding is a loop
+of forward passes and argmax on the device, without `generate`'s bookkeeping. A workload that does not fit the memory
+says so. --wait FILE waits for the file before it compiles and times, so that loading can go on beside other work. Needs
+torch and transformers.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -49,7 +51,7 @@ class Peer:
         from transformers import StaticCache
 
         self.torch, self.model, self.device = torch, model, device
-        self.context, self.new_tokens = context, new_tokens
+        self.batch, self.context, self.new_tokens = batch, context, new_tokens
         self.cache = StaticCache(config=model.config, max_cache_len=context + new_tokens)
         self.prompt = torch.randint(0, model.config.vocab_size, (batch, context), device=device)
         self.step: Callable[..., Any] = self._step
@@ -90,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3-8b")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--batch", type=int, action="append", default=None, help="may be repeated; default 1")
+    parser.add_argument("--context", type=int, action="append", default=None, help="may be repeated; default 1024")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
@@ -102,31 +104,42 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     import transformers
 
-    model = make(args.model, args.device, args.context + args.new_tokens)
+    contexts = args.context or [1024]
+    model = make(args.model, args.device, max(contexts) + args.new_tokens)
     name = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     about = {"model": args.model, "random_weights": True, "device": name, "versions": versions}
-    sizes = {"batch": args.batch, "context": args.context, "new_tokens": args.new_tokens, "rounds": args.rounds}
-    made = {}
-    for peer in args.peers.split(","):
-        compiled = peer.endswith("compiled")
-        made[peer] = Peer(model, args.batch, args.context, args.new_tokens, args.device, compiled)
-        for _ in range(2):
-            made[peer].round()
-        print(f"{peer}: ready", file=sys.stderr, flush=True)
     while args.wait is not None and not args.wait.exists():
         time.sleep(0.2)
-    for peer, ready in made.items():
-        times = [ready.round() for _ in range(args.rounds)]
-        prefill, decode = (statistics.median(x) for x in zip(*times, strict=True))
-        step = decode / (args.new_tokens - 1)
-        line = about | {"variant": peer, **sizes, "step_ms": 1e3 * step}
-        line |= {"decode_tokens_per_second": args.batch / step}
-        line |= {"prefill_tokens_per_second": args.batch * args.context / prefill}
+    for context, batch, peer in itertools.product(contexts, args.batch or [1], args.peers.split(",")):
+        sizes = {"batch": batch, "context": context, "new_tokens": args.new_tokens, "rounds": args.rounds}
+        line = about | {"variant": peer, **sizes}
+        try:
+            line |= measure(
+                Peer(model, batch, context, args.new_tokens, args.device, peer.endswith("compiled")), args.rounds
+            )
+        except torch.OutOfMemoryError as error:
+            line |= {"error": " ".join(str(error).split())[:200]}
         print(json.dumps(line), flush=True)
         if args.out is not None:
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        torch.compiler.reset()  # and with it the buffers of its graphs
+        if args.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def measure(peer: Peer, rounds: int) -> dict[str, float]:
+    """Return a peer's speed: medians of rounds, after two that compile and warm up."""
+    for _ in range(2):
+        peer.round()
+    prefill, decode = (statistics.median(x) for x in zip(*(peer.round() for _ in range(rounds)), strict=True))
+    step = decode / (peer.new_tokens - 1)
+    return {
+        "step_ms": 1e3 * step,
+        "decode_tokens_per_second": peer.batch / step,
+        "prefill_tokens_per_second": peer.batch * peer.context / prefill,
+    }
 
 
 if __name__ == "__main__":
