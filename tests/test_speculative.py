@@ -186,9 +186,11 @@ def law_of(program: Program, prompt: list[int], depth: int, sampling: dict) -> d
     return found
 
 
-def assert_samples_have_law(program: Program, prompt: list[int], law: dict, count: int, sampling: dict) -> None:
+def assert_samples_have_law(
+    program: Program, prompt: list[int], law: dict, count: int, sampling: dict, batch: int = 2000
+) -> None:
     """Chi-square of the first tokens of `count` samples; outcomes that are expected less than 10 times count as one."""
-    depth, batch = len(next(iter(law))), 2000
+    depth = len(next(iter(law)))
     seen: dict[tuple[int, ...], int] = {}
     for i in range(count // batch):
         options = dict(max_new_tokens=depth + 2, seed=i * batch, stop_ids=(), **sampling)
@@ -240,7 +242,7 @@ def test_samples_have_the_targets_law(name, verifier, sampling):
 def test_samples_of_a_trained_model_have_its_law(stories, sampling):
     fast = speculate(stories, DraftModel(apply(stories, "int4:group=43").model, length=3), verifier="block")
     prompt = stories.tokenizer.encode("He")
-    assert_samples_have_law(fast, prompt, law_of(stories, prompt, 3, sampling), 100_000, sampling)
+    assert_samples_have_law(fast, prompt, law_of(stories, prompt, 3, sampling), 100_000, sampling, batch=100)
 
 
 @pytest.mark.parametrize(
