@@ -124,6 +124,21 @@ def test_stages_are_compiled_for_a_tpu_and_their_turns_counted(tmp_path, capsys)
         assert found == pytest.approx(estimated[kind], rel=0.01), kind
 
 
+@needs_libtpu
+def test_pieces_of_a_prompt_that_a_context_divides_are_gathered_in_every_turn(tmp_path):
+    model = small(
+        tmp_path, hidden_size=512, intermediate_size=1024, head_dim=128, vocab_size=1024, max_position_embeddings=2048
+    )
+    asked = Request(
+        model=model, topology="v5e:2x2", mesh="stage=2,context=2", batch=1, context=2048, phases=("prefill",)
+    )
+    compiled, estimated = (plan(asked, compiling=compiling).phases["prefill"] for compiling in (True, False))
+    assert compiled.turns.pieces > 1 and compiled.error is None
+    by_kind = [bytes_by_kind(phase.collectives) for phase in (compiled, estimated)]
+    for kind in ("all-gather", "all-reduce", "collective-permute"):
+        assert by_kind[0][kind] == pytest.approx(by_kind[1][kind], rel=0.01), kind
+
+
 def test_the_report_says_how_a_step_goes_through_its_stages(capsys):
     arguments = ["--topology", "v5e:4x4", "--mesh", "stage=4,model=4", "--batch", "8", "--context", "4096"]
     status, out, err = caller(capsys)("plan", "llama3-8b", "--shapes-only", *arguments)

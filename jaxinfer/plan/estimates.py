@@ -61,6 +61,10 @@ def estimated_collectives(built: Built, rows: int, tokens: int) -> dict[Collecti
         found[Collective("collective-permute", int(sums), places[:2])] += turns.count
         found[Collective("collective-permute", int(hidden), (places[-1], places[0]))] += 1
         add("all-reduce", hidden, (STAGE,))
+        if turns.pieces > 1:  # a piece is cut from what a context divides, and put back into it, where it is whole
+            tokens_over = built.rules.token_axes(each, sizes)
+            add("all-gather", wide * tokens, tokens_over, turns.count)
+            add("all-gather", wide * each, tokens_over, turns.count)
     stored = tuple(a for a in built.rules.mesh_axes("embed", sizes) if a in over_rows)
     if stored:
         leaves, lies = jax.tree.leaves(model.layers), jax.tree.leaves(built.shardings.layers)
