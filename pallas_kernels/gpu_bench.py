@@ -42,7 +42,7 @@ def checks(names: Sequence[str], cases: Sequence[str] | None) -> Iterator[dict[s
     found = [(kernel, case) for kernel in kernels for case in (*kernel.tests, *kernel.gpu_tests)]
     found = [(kernel, case) for kernel, case in found if cases is None or case.name in cases]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda job: _check(*job), [job for job in found if job[0].gpu is not None])
+        yield from pool.map(lambda job: _check(*job), found)
 
 
 def _check(kernel: Kernel, case: Case) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def timed(names: Sequence[str], cases: Sequence[str] | None, peers: bool, tune: 
     for name in names:
         kernel = find(name)
         for case in kernel.gpu_timed or kernel.timed:
-            if kernel.gpu is None or (cases is not None and case.name not in cases):
+            if cases is not None and case.name not in cases:
                 continue
             tried = [dict(b) for b in kernel.gpu_candidates(case)] if tune and kernel.gpu_candidates else []
             for blocks in [None, *tried]:
@@ -134,7 +134,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def block_tables(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Return the table of each kernel, by file name: the fastest blocks of a case, where they beat the kernel's own."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     own = [x for x in lines if x.get("implementation") == "pallas" and "us" in x]
     for chip, name, case in dict.fromkeys((x["chip"], x["kernel"], x["case"]) for x in own):
         here = [x for x in own if (x["chip"], x["kernel"], x["case"]) == (chip, name, case)]
@@ -146,11 +146,10 @@ def block_tables(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
         kernel = find(name)
         (which,) = (c for c in kernel.gpu_timed or kernel.timed if c.name == case)
         shape = kernel.gpu_class(**which.shapes, **which.options)
-        if any(json.loads(entry)["class"] == shape for entry in entries):
-            continue
-        line = {"chip": chip, "case": case, "class": shape, "blocks": best["blocks"], "us": round(best["us"], 2)}
-        entries.append(json.dumps(line))
-    return {name: "[\n" + ",\n".join(entries) + "\n]\n" for name, entries in found.items()}
+        if all(entry["class"] != shape for entry in entries):
+            blocks, us = best["blocks"], round(best["us"], 2)
+            entries.append({"chip": chip, "case": case, "class": shape, "blocks": blocks, "us": us})
+    return {name: "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n" for name, entries in found.items()}
 
 
 def main(args: Any) -> int:

@@ -116,9 +116,9 @@ def book() -> list[Claim]:
 def steps() -> Iterator[Claim]:
     """Yield decode steps that we measured on an H100, in milliseconds."""
     for line in map(json.loads, STEPS.read_text().splitlines()):
-        passes = () if line["variant"] == "baseline" else (line["variant"],)
         if "," in line["variant"]:  # another implementation than the plan's
             continue
+        passes = () if line["variant"] == "baseline" else (line["variant"],)
         asked = Request(
             model=line["model"], topology="h100:1", passes=passes, batch=line["batch"],
             context=line["context"] + 64, phases=("decode",),

@@ -10,7 +10,6 @@ done again. A cell that does not fit or does not compile says why.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jaxinfer.plan import choice, sweep
 from jaxinfer.plan.request import Request
+from jaxinfer.sharding.mesh import parse_mesh
 
 MODELS = ("llama3-8b", "llama3-70b", "llama3-405b", "qwen3-30b-a3b", "qwen3-235b-a22b")
 PASSES = {"bf16": (), "int8": ("int8",), "int4": ("int4", "kv_int8")}
@@ -39,7 +39,7 @@ def requests(models: list[str], passes: list[str], topologies: list[str], rows: 
                 asked = Request(
                     model=model, topology=topology, passes=PASSES[name], context=CONTEXT, phases=("decode",)
                 )
-                there = [row for row in rows if _cell_of(row) == (model, PASSES[name], topology)]
+                there = _of_cell(rows, model, name, topology)
                 tried = [_request(row) for row in there]
                 if there and (sweep.why_not(best_of(there)) is None or len(there) >= TRIES or not tried[0].mesh):
                     found.append(_request(best_of(there)))
@@ -56,9 +56,9 @@ def best_of(rows: list[sweep.Row]) -> sweep.Row:
     return max(able, key=lambda row: row["tokens_per_second_per_chip"]) if able else rows[0]
 
 
-def _cell_of(row: sweep.Row) -> tuple[str, tuple[str, ...], str]:
-    asked = row["request"]
-    return asked["model"], tuple(asked["passes"]), asked["topology"]
+def _of_cell(rows: list[sweep.Row], model: str, name: str, topology: str) -> list[sweep.Row]:
+    cell = {"model": model, "passes": list(PASSES[name]), "topology": topology}
+    return [row for row in rows if {key: row["request"][key] for key in cell} == cell]
 
 
 def markdown(rows: list[sweep.Row], models: list[str], passes: list[str], topologies: list[str]) -> str:
@@ -66,7 +66,7 @@ def markdown(rows: list[sweep.Row], models: list[str], passes: list[str], topolo
     out = ["| model | weights | " + " | ".join(topologies) + " |", "|---|---|" + "---|" * len(topologies)]
     for model in models:
         for name in passes:
-            there = [[r for r in rows if _cell_of(r) == (model, PASSES[name], topology)] for topology in topologies]
+            there = [_of_cell(rows, model, name, topology) for topology in topologies]
             cells = [_cell(best_of(found) if found else None) for found in there]
             out.append(f"| {model} | {NAMES[name]} | " + " | ".join(cells) + " |")
     return "\n".join(out)
@@ -84,9 +84,8 @@ def _cell(row: sweep.Row | None) -> str:
         return reason
     memory, decode = row["memory"], row["phases"]["decode"]
     ways = row["devices"] * decode["rows"] // row["batch"]
-    per_copy = row["mesh"].rpartition("model=")[2] or ways
-    stages = re.search(r"stage=\d+,", row["mesh"])
-    mesh = f"{stages[0]} model={per_copy}" if stages else f"model={per_copy}"
+    sizes = {"model": ways} | parse_mesh(row["mesh"])
+    mesh = ", ".join(f"{axis}={sizes[axis]}" for axis in ("stage", "model") if axis in sizes)
     rate, step = row["tokens_per_second_per_chip"], 1e3 * decode["times"]["step"]
     return f"{rate:.0f} tok/s, {step:.1f} ms, {memory['total'] / 1e9:.1f} GB; {mesh}, batch {row['batch']}"
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_interpreter import interpreter
+from test_gpu import CALL, lowered
 
 from jaxinfer.ops import norm
-from pallas_kernels import chips, gpus, rms_norm
+from pallas_kernels import chips, rms_norm
 from pallas_kernels.kernels import kernel
 from pallas_kernels.rms_norm.cases import TESTS
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
-CALL = "mosaic_gpu_v2"
 ROW = jax.ShapeDtypeStruct((1, 1, 2048), jnp.bfloat16)
 GAIN = jax.ShapeDtypeStruct((2048,), jnp.float32)
 
@@ -32,17 +32,15 @@ def test_interpreted_it_is_its_reference(case):
 
 
 def test_a_programs_norms_are_the_kernels_where_rows_are_few_and_wide():
-    def lowered(fn, *args, chip=None, platform="cuda"):
-        with gpus.assume("h100") if chip is None else chips.assume(chip):
-            return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
-
     alone, summed = (functools.partial(f, eps=1e-5) for f in (norm.rms_norm, norm.add_rms_norm))
     assert lowered(alone, ROW, GAIN).count(CALL) == lowered(summed, ROW, ROW, GAIN).count(CALL) == 1
     for shape, dtype in (((65, 1, 2048), jnp.bfloat16), ((1, 1, 2048), jnp.float32), ((1, 2, 512), jnp.bfloat16)):
         x = jax.ShapeDtypeStruct(shape, dtype)
         gain = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
         assert CALL not in lowered(summed, x, x, gain)
-    assert "tpu_custom_call" not in lowered(summed, ROW, ROW, GAIN, chip="v5e", platform="tpu")
+    with chips.assume("v5e"):
+        traced = jax.jit(summed).trace(ROW, ROW, GAIN)
+        assert "tpu_custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
     with chips.assume("v5e"), pytest.raises(NotImplementedError, match="rms_norm: has no kernel for TPUs"):
         jax.eval_shape(functools.partial(summed, implementation="pallas"), ROW, ROW, GAIN)
 

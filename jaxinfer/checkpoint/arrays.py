@@ -1,17 +1,9 @@
-"""Arrays of a leaf: in host memory, and where a sharding says."""
+"""Arrays of a leaf: in host memory, and on other processes' devices alone."""
 
 import math
 
 import jax
 import numpy as np
-from jaxtyping import Array, Shaped
-
-
-def put(part: Shaped[np.ndarray, "*shape"], sharding: jax.sharding.Sharding | None) -> Shaped[Array, "*shape"]:
-    """Return the array where the sharding says: a device gets its own part, and never more."""
-    if sharding is None or sharding.is_fully_addressable:
-        return jax.device_put(part, sharding)
-    return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
 
 
 def elsewhere(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxinfer.checkpoint.arrays import aligned_empty, all_finite, elsewhere, put
+from jaxinfer.checkpoint.arrays import aligned_empty, all_finite, elsewhere
 from jaxinfer.checkpoint.base import Entry
 from jaxinfer.checkpoint.names import NameTable, Rule
 from jaxinfer.errors import InputError
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.ops.placement import send
 from jaxinfer.ops.quantized import Packed, is_quantized, nbytes
 from jaxinfer.tree import path_of
 
@@ -221,6 +222,6 @@ def _load(job: _Job, path: Path, sharding_of: ShardingOf | None) -> jax.Array | 
                 f"{path}: tensor {entry.name!r} ({entry.dtype}) has a NaN or infinite value as {dtype}; "
                 "every weight must be finite: fetch the file again, or load it in a wider dtype"
             )
-    arrays = [put(part, sharding) for part, sharding in zip(host, shardings, strict=True)]
+    arrays = [send(part, sharding) for part, sharding in zip(host, shardings, strict=True)]
     # The copy to an accelerator is asynchronous: wait, so that the host copy is gone before the next leaf starts.
     return jax.tree.unflatten(jax.tree.structure(job.leaf), jax.block_until_ready(arrays))

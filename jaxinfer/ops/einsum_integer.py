@@ -72,9 +72,7 @@ def _int8(eq, x, kernel, group, implementation):
             return on_cpu(functools.partial(cpu_kernels.int8_matmul, group=group), contract, None, *operands)
         return contract(*operands)
 
-    if implementation is None and targets.platform() == "cuda" and group is None:
-        implementation = "xla"  # with one scale a row, on an H100, in 0.86 to 0.94 of the kernel's time
-    implementation = worth(implementation, rows, kernel)
+    implementation = worth(implementation, rows, kernel, integers=group is None)
     y = choose(implementation, pallas, xla, rows, weight, scale)
     return y.astype(x.dtype).reshape(*x.shape[:2], *out_shape)
 

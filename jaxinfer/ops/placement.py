@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Shaped
 
 Names = Sequence[str | None]  # a logical name for each axis of an array; None: an axis that is never divided
 TOKENS_EACH = 8  # of a device at least, where new tokens are divided
@@ -75,6 +76,13 @@ def fetch(x: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(x, tiled=True)
+
+
+def send(host: Shaped[np.ndarray, "*shape"], sharding: jax.sharding.Sharding | None) -> Shaped[Array, "*shape"]:
+    """Return an array where the sharding says; of several processes each gives what its own devices hold."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(host, sharding)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
 
 
 _rules = jax.make_user_context(None)  # part of the key of every traced function, as the mesh is

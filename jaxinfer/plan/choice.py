@@ -27,9 +27,8 @@ def ranked(request: Request, most_rows: int = 64) -> list[Request]:
     devices = parse_topology(request.topology).devices
     found: list[tuple[float, Request]] = []
     for sizes in _meshes(devices, find_shape(request.model)[0].num_kv_heads):
-        groups = sizes["data"]
         mesh = show_mesh({axis: n for axis, n in sizes.items() if n > 1 or axis == "model"})
-        asked = dataclasses.replace(request, mesh=mesh, rules="tensor", batch=most_rows * groups)
+        asked = dataclasses.replace(request, mesh=mesh, rules="tensor", batch=most_rows * sizes["data"])
         asked = _fitting(asked, most_rows)
         rate = None if asked is None else tokens_per_second(_guess(asked))
         if rate is not None:

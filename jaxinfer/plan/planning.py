@@ -142,7 +142,7 @@ def _phase(target: Target, name: str, places: np.ndarray, compiled: Compiled | s
     compiled = None if isinstance(compiled, str) else compiled
     known = None if compiled is None else compiled.collectives
     found = estimated_collectives(target.built, rows, tokens) if known is None else dict(known)
-    launches = estimated_launches(target.built) if compiled is None else compiled.launches
+    launches = estimated_launches(target.built) if known is None else compiled.launches
     turns, times = turns_of(target.built, rows, tokens), _times(target, step, found, launches, places)
     return Phase(rows, tokens, turns, step.work, found, launches, times, compiled, error)
 

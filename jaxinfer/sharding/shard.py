@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.moe import MoE
 from jaxinfer.models.transformer import Transformer
-from jaxinfer.ops.placement import Rules
+from jaxinfer.ops.placement import Rules, send
 from jaxinfer.program import Program
 from jaxinfer.sharding.experts import DividedMoE
 from jaxinfer.sharding.fitting import fit
@@ -118,8 +118,7 @@ def put_leaf(leaf: Any, sharding: NamedSharding) -> Any:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda x: x, out_shardings=sharding)(leaf)  # from where it lies on the devices of all processes
-    host = np.asarray(leaf)  # each process gives what its own devices hold
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
+    return send(np.asarray(leaf), sharding)
 
 
 def _in_host_memory(leaf: Any) -> Any:

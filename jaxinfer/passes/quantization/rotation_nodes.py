@@ -65,7 +65,8 @@ class RotatedNorm(RMSNorm):
         self, x: Float[Array, "*B D"], y: Float[Array, "*B D"]
     ) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """Return `x + y` and the norm of it."""
-        return x + y, self(x + y)
+        total = x + y
+        return total, self(total)
 
 
 @nnx.dataclass
