@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from jaxinfer.errors import InputError
 from jaxinfer.plan import choice, sweep
 from jaxinfer.plan.request import Request
 from jaxinfer.sharding.mesh import parse_mesh
@@ -101,17 +102,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="only print the table of what --out has")
     args = parser.parse_args(argv)
     chosen = [text.split(",") for text in (args.models, args.passes, args.topologies)]
-    if args.markdown:
-        rows = sweep.rows_of(args.out)
-    else:
-        from tqdm import tqdm
+    if unknown := set(chosen[1]) - set(PASSES):
+        parser.error(f"--passes: no {min(unknown)!r}: must be of {', '.join(PASSES)}")
+    try:
+        if not args.markdown:
+            fill(args.out, *chosen, compiling=not args.shapes_only)
+        print(markdown(sweep.rows_of(args.out), *chosen))
+    except InputError as error:
+        parser.error(str(error))
 
-        args.out.mkdir(parents=True, exist_ok=True)
-        for _ in range(TRIES):
-            asked = requests(*chosen, sweep.rows_of(args.out))
-            sweep.run(asked, args.out, compiling=not args.shapes_only, wrap=lambda left: tqdm(left, unit="cell"))
-        rows = sweep.rows_of(args.out)
-    print(markdown(rows, *chosen))
+
+def fill(out: Path, *chosen: list[str], compiling: bool) -> None:
+    """Plan the cells that are missing."""
+    from tqdm import tqdm
+
+    out.mkdir(parents=True, exist_ok=True)
+    for _ in range(TRIES):
+        sweep.run(requests(*chosen, sweep.rows_of(out)), out, compiling, wrap=lambda left: tqdm(left, unit="cell"))
 
 
 if __name__ == "__main__":

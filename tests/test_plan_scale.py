@@ -79,6 +79,21 @@ def test_the_matrix_says_why_a_cell_is_not_there_and_does_not_plan_one_twice(tmp
     assert len(sweep.rows_of(out)) == 4
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--topologies", "v5e:9x9", "topology 'v5e:9x9': hosts hold 2x2 chips"),
+        ("--models", "lama3", "'lama3'"),
+        ("--passes", "int3", "--passes: no 'int3': must be of bf16, int8, int4"),
+    ],
+)
+def test_a_mistake_in_a_cell_is_told_in_a_line(option, value, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        plan_matrix.main(["--out", str(tmp_path / "matrix"), option, value])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in said[-1] and "Traceback" not in "".join(said)
+
+
 def test_a_mesh_that_does_not_fit_once_compiled_makes_room_for_the_next_best(monkeypatch):
     asked = Request(model="llama3-8b", topology="v5e:4x4", context=plan_matrix.CONTEXT, phases=("decode",))
     first, second = (dataclasses.replace(asked, mesh=mesh) for mesh in ("stage=2,model=8", "model=16"))
