@@ -111,6 +111,18 @@ def test_what_was_measured_before_a_failure_is_kept(tiny, text, tmp_path, monkey
     assert row["quality"]["kl"]["value"] > 0 and "speed" not in row
 
 
+def test_another_process_that_is_lost_is_no_failure_of_a_variant(tiny, text, tmp_path, monkeypatch):
+    def gone(*_):
+        raise RuntimeError("Gloo: connection closed by peer")
+
+    compare(tiny, [], {"perplexity": text}, tmp_path, settings=SETTINGS)
+    monkeypatch.setattr(compare_module, "lost", lambda error: "Gloo" in str(error))
+    monkeypatch.setattr(compare_module.speed, "measure_speed", gone)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        compare(tiny, [INT8], {"perplexity": text}, tmp_path, settings=SETTINGS)
+    assert [row["variant"] for row in read_results(tmp_path)] == ["baseline"]
+
+
 def test_a_killed_run_goes_on(tiny, text, tmp_path, applied, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt

@@ -84,6 +84,26 @@ def test_two_processes_of_which_one_dies_end_and_go_on(tmp_path, capsys):
     assert texts[0] == texts[1]
 
 
+def test_two_processes_compare_as_one_does_and_a_table_goes_on_with_its_rows(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("a text of some words, " * 40)
+    counts = ("--window", "64", "--prompt-tokens", "16", "--decode-tokens", "4", "--rounds", "1")
+    options = ["compare", "--config", TINY, "--pass", "int8", "--data", f"perplexity={text}", *counts]
+    mesh = ["--mesh", "data=2", "--distributed", "@"]
+    command = ["-m", "jaxinfer.cli", *options, "--out", str(tmp_path / "two"), *mesh]
+    (status, table, err), (other, silent, _) = ends(start(2, *command), 300)
+    assert (status, other, silent) == (0, 0, "") and "int8" in table, err[-2000:]
+    before = (tmp_path / "two" / "results.jsonl").read_text()
+    (status, _, err), _ = ends(start(2, *command), 300)
+    assert status == 0 and err.count("measured already") == 2, err[-2000:]
+    assert (tmp_path / "two" / "results.jsonl").read_text() == before
+    assert caller(capsys)(*options, "--out", tmp_path / "one")[0] == 0
+    one, two = ([row["quality"] for row in lines_of(tmp_path / name / "results.jsonl")] for name in ("one", "two"))
+    assert len(one) == 2
+    for alone, divided in zip(one, two, strict=True):
+        np.testing.assert_allclose(divided["perplexity"]["value"], alone["perplexity"]["value"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("spec", ["10.0.0.1,2,0", "10.0.0.1:8476,2", "10.0.0.1:8476,2,2", "host:1,two,0"])
 def test_a_spec_that_names_no_place_is_refused(spec, capsys):
     status, _, err = caller(capsys)("generate", "Hi", "--config", TINY, "--mesh", "data=2", "--distributed", spec)

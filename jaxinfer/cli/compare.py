@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxinfer.cli import options
 from jaxinfer.errors import InputError, nearest
+from jaxinfer.eval.results import NAME as RESULTS
 from jaxinfer.eval.results import TASKS, Settings, Variant, read_results
 
 _PLACES = {"perplexity": "wikitext2/*valid*", "lambada": "lambada/*", "hellaswag": "hellaswag/*"}
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="MODEL", help="name, path or hub repository (default: smollm2-135m)")
     options.add_model(parser)
     options.add_mesh(parser)
+    options.add_distributed(parser)
     parser.add_argument("--pass-set", metavar="FILE", help="variants, one a line")
     parser.add_argument("--tasks", metavar="A,B", help=f"of {', '.join(TASKS)} (default: perplexity)")
     parser.add_argument("--data", action="append", metavar="DIR", help="folder of the tasks' files, or TASK=FILE")
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         _print_markdown(args)
         return
     options.take_positional(args)
+    options.join(args)
     settings = _settings(args)
     variants = _variants(args)
     data = _read_data(args)
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     text = None if args.calibrate is None else read_text(args.calibrate)
     if text is not None and not any(isinstance(parse(spec), Calibrated) for v in variants for spec in v.passes):
         raise InputError(f"--calibrate {args.calibrate}: no pass here looks at text; leave it out")
-    tty = sys.stderr.isatty()
+    tty, out = sys.stderr.isatty(), Path(options.shared(str(Path(args.out) / RESULTS))).parent
     program = options.load(config, progress=tty)
     calibration = None
     if text is not None:
@@ -85,18 +88,18 @@ def run(args: argparse.Namespace) -> None:
         program,
         variants,
         data,
-        args.out,
+        out,
         settings=settings,
         calibration=calibration,
         command=_command(args),
         note=lambda line: print(line, file=sys.stderr, flush=True),
         progress=tty,
     )
-    rows = read_results(args.out)
+    rows = read_results(out)
     print(terminal(rows))
-    path = Path(args.out) / NAME
+    path = out / NAME
     plot(rows, path)
-    print(f"{path.parent / 'results.jsonl'} and {path}", file=sys.stderr)
+    print(f"{path.parent / RESULTS} and {path}", file=sys.stderr)
 
 
 def _print_markdown(args: argparse.Namespace) -> None:

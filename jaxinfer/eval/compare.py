@@ -24,6 +24,7 @@ from jaxinfer.passes import apply, parse
 from jaxinfer.program import Program
 from jaxinfer.sharding.mesh import show_mesh
 from jaxinfer.sharding.model import OnMesh
+from jaxinfer.sharding.processes import lost
 
 _DEFAULTS = Settings()
 _PACKAGES = ("jaxinfer", "jax", "jaxlib")
@@ -145,6 +146,8 @@ class _Run:
         except Exception as e:
             if _interrupted(e):
                 raise KeyboardInterrupt from e
+            if lost(e):
+                raise  # it says nothing of the variant
             text = str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
             row |= {"status": "failed", "stage": stage, "error": " ".join(text.split())[:500]}
         return {**row, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
