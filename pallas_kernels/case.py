@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_WIDE = ("scale", "grid", "offset", "cos", "sin")  # words in the names of what is float32 beside bfloat16 too
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -25,6 +27,7 @@ class Case:
     int8: bool = False  # the products are of integers, of which some chips make twice as many
     races: bool = False  # is tested for races too: small, and of a kind of its own
     donated: tuple[str, ...] = ()  # names of what the call changes in place
+    rounded: bool = False  # what is written there was rounded on the way: it is near the reference's, the rest the same
     blocks: Mapping[str, int] | None = None  # of a test; what is timed takes the tuned ones
     gpu_blocks: Mapping[str, int] | None = None  # the same for a GPU
     spoil: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -44,7 +47,7 @@ def _narrowed(shapes: Mapping[str, Any]) -> dict[str, Any]:
     for name, shape in shapes.items():
         if isinstance(shape, Mapping):
             found[name] = _narrowed(shape)
-        elif shape.dtype != jnp.float32 or any(word in name for word in ("scale", "grid", "offset")):
+        elif shape.dtype != jnp.float32 or any(word in name for word in _WIDE):
             found[name] = shape
         elif isinstance(shape, np.ndarray):
             found[name] = shape.astype(jnp.bfloat16)

@@ -4,6 +4,8 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -101,3 +103,24 @@ def gpu_kernel(body: Any, *, name: str, interpret: Any = False, auto_barriers: b
         unsafe_no_auto_barriers=not auto_barriers,
     )
     return plgpu.kernel(body, kernel_name=name, compiler_params=params, interpret=interpret, **options)
+
+
+def gpu_kernel_in_place(body: Any, *, name: str, out_type: Any, grid: tuple[int, ...], grid_names: tuple[str, ...]):
+    """Return a function of two lists of arrays, (kept, changed), that runs a Mosaic GPU kernel as `gpu_kernel` does.
+
+    `body` gets the refs of both and the output's, and may write to those of the second list: their arrays are changed
+    in place where nobody else has them. Returns (output, changed). There are no barriers of its own.
+    """
+    mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, kernel_name=name)
+    params = plgpu.CompilerParams(
+        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+    )
+    run = pl.kernel(body, out_type=[out_type], mesh=mesh, compiler_params=params, name=name)
+
+    def call(kept: list[jax.Array], changed: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        def on(refs: Any) -> None:
+            (refs[0][...],) = run(*kept, *refs[1])
+
+        return pl.run_state(on)((jnp.zeros(out_type.shape, out_type.dtype), changed))
+
+    return call

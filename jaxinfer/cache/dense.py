@@ -1,7 +1,7 @@
 """Plain K and V at full precision, one slot a token: the baseline of every other cache."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class DenseLayer(nnx.Module):
 
     k: Float[Array, "B K S H"] = nnx.data()
     v: Float[Array, "B K S H"] = nnx.data()
+    stores: ClassVar[tuple[str, ...]] = ("k", "v")  # see `rotated`
 
     @property
     def exact_rewind(self) -> None:

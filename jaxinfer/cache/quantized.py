@@ -1,7 +1,7 @@
 """Keys and values of one byte a number, with one scale a token and head."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ class QuantizedLayer(nnx.Module):
     v: Int8[Array, "B K S H"] | UInt8[Array, "B K S H"] = nnx.data()
     v_scale: Float[Array, "B K S"] = nnx.data()
     qtype: QType = nnx.static(kw_only=True)
+    stores: ClassVar[tuple[str, ...]] = ("k", "v", "k_scale", "v_scale")  # see `rotated`
 
     @property
     def exact_rewind(self) -> None:

@@ -13,10 +13,11 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.base import Cache, CacheKind, LayerCache
 from jaxinfer.cache.dense import Dense
+from jaxinfer.cache.rotated import append_rotated
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.layers import ACTIVATIONS, Embedding, Linear, Make, RMSNorm
 from jaxinfer.models.moe import build_moe
-from jaxinfer.ops.rope import RopeConfig, rotate
+from jaxinfer.ops.rope import RopeConfig
 from jaxinfer.ops.token_tree import TokenTree
 
 
@@ -63,8 +64,7 @@ class Attention(nnx.Module):
         q, k, v = self.qkv(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
-        cache = cache.append(k, v, start, counts)
+        q, cache = append_rotated(cache, q, k, v, positions, self.rope, start, counts)
         options = dict(scale=self.scale, window=self.window, softcap=self.softcap)
         y, cache = cache.attend(q, positions, **options, tree=tree)
         return self.o(y), cache

@@ -39,6 +39,20 @@ def choose(implementation: str | None, pallas: Callable[..., Any], xla: Callable
         return xla(*operands)
 
 
+def with_gradient_of(xla: Callable[..., Any], pallas: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `pallas`, a kernel that JAX can't differentiate, with the derivatives of the same formula, `xla`."""
+
+    @jax.custom_jvp
+    def run(*operands: Any) -> Any:
+        return pallas(*operands)
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return run(*primals), jax.jvp(xla, primals, tangents)[1]
+
+    return run
+
+
 def describe() -> str:
     """Return what attention and quantized products run by on this device, in words."""
     name = targets.platform()

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jaxinfer.ops.implementation import choose
+from jaxinfer.ops.implementation import choose, with_gradient_of
 from pallas_kernels import rms_norm as kernels
 from pallas_kernels import targets
 
@@ -31,17 +31,12 @@ def _normed(implementation: str | None, eps: float, x: Array, scale: Array, *add
     def xla(x: Array, scale: Array, *add: Array) -> Any:
         return kernels.reference(x, scale, eps=eps, add=add[0] if add else None)
 
-    @jax.custom_jvp
     def pallas(x: Array, scale: Array, *add: Array) -> Any:
         rows = [a.reshape(-1, a.shape[-1]) for a in (x, *add)]
         found = targets.kernel(kernels)(rows[0], scale, eps=eps, add=rows[1] if add else None)
         return jax.tree.map(lambda a: a.reshape(x.shape), found)
 
-    @pallas.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        return pallas(*primals), jax.jvp(xla, primals, tangents)[1]
-
     D = x.shape[-1]
     if implementation is None and (x.size > FEW_ROWS * D or D < WIDE):
         implementation = "xla"
-    return choose(implementation, pallas, xla, x, scale, *add)
+    return choose(implementation, with_gradient_of(xla, pallas), xla, x, scale, *add)

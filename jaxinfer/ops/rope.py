@@ -33,22 +33,34 @@ class RopeConfig:
 
 def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: RopeConfig) -> Float[Array, "B T N H"]:
     """Rotate each half-pair `(x[h], x[h + H/2])` by the angle `position * frequency[h]` (2104.09864)."""
-    return _rotated(x, positions, positions, rope, attention_magnitude(rope))
+    return _turned(x, *cos_and_sin(rope, x.shape[-1], positions))
+
+
+def cos_and_sin(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Return what `rotate` turns by at those positions, float32."""
+    return _angles(rope, head_dim, positions, positions, attention_magnitude(rope))
 
 
 def turn(
     x: Float[Array, "B T N H"], by: Int[Array, "B T"], positions: Int[Array, "B T"], rope: RopeConfig
 ) -> Float[Array, "B T N H"]:
     """Return what `rotate` would have given `by` tokens further on; `x` was rotated at `positions`."""
-    return _rotated(x, by, positions, rope, 1.0)
+    return _turned(x, *_angles(rope, x.shape[-1], by, positions, 1.0))
 
 
-def _rotated(x: Array, by: Array, positions: Array, rope: RopeConfig, magnitude: float) -> Array:
-    frequencies = _frequencies(rope, x.shape[-1], positions)  # [H/2], or [B, H/2] where it depends on the length
-    angles = by[..., None].astype(jnp.float32) * frequencies[..., None, :]
-    cos, sin = (x[:, :, None, :] * magnitude for x in _cos_and_sin(angles, positions))
+def _turned(x: Array, cos: Array, sin: Array) -> Array:
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _angles(rope: RopeConfig, head_dim: int, by: Array, positions: Array, magnitude: float) -> tuple[Array, Array]:
+    frequencies = _frequencies(rope, head_dim, positions)  # [H/2], or [B, H/2] where it depends on the length
+    angles = by[..., None].astype(jnp.float32) * frequencies[..., None, :]
+    cos, sin = _cos_and_sin(angles, positions)
+    return cos * magnitude, sin * magnitude
 
 
 def _cos_and_sin(angles: Float[Array, "B T half"], positions: Int[Array, "B T"]) -> tuple[Array, Array]:

@@ -62,6 +62,17 @@ def write_words(address: Any, words: list[Any], wanted: Any) -> None:
     )
 
 
+def write_part(address: Any, word: Any, size: int, wanted: Any) -> None:
+    """Write the lowest 1 or 2 bytes of a word to global memory where `wanted`."""
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.b{8 * size} [$0], $2; }}"
+    if size == 2:
+        text = "{ .reg .pred p; .reg .b16 v; setp.ne.b32 p, $1, 0; cvt.u16.u32 v, $2; @p st.global.b16 [$0], v; }"
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"), [address, wanted, word], text, "l,r,r,~{memory}", asm_dialect=0,
+        has_side_effects=True,
+    )  # fmt: skip
+
+
 def integer_product(sums: list[Any] | None, left: list[Any], right: list[Any]) -> list[Any]:
     """Return sums [16, 8], or zeros, plus left [16, 32] times right [32, 8], signed bytes: mma.m16n8k32."""
     i32 = _i32()
@@ -135,6 +146,35 @@ def magnitude(a: Any) -> Any:
 def exp2(a: Any) -> Any:
     """Return 2 ** a."""
     return _asm(ir.F32Type.get(), "ex2.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+
+def divided(a: Any, b: Any) -> Any:
+    """Return a / b, rounded once."""
+    return _asm(ir.F32Type.get(), "div.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+
+def within(a: Any, most: float) -> Any:
+    """Return a float no further from 0 than `most`."""
+    return arith.minimumf(arith.maximumf(a, real(-most)), real(most))
+
+
+def signed_bytes(values: list[Any]) -> Any:
+    """Return up to four floats of at most 127 as signed bytes of a word, rounded to the nearest, and to even."""
+    found = number(0)
+    for i, value in enumerate(values):
+        byte = both(_asm(_i32(), "cvt.rni.s32.f32 $0, $1;", "=r,f", value), 0xFF)
+        found = either(found, right(byte, -8 * i))
+    return found
+
+
+def eight_bits(values: list[Any]) -> Any:
+    """Return up to four floats as float8_e4m3fn, in a word."""
+    text = "{ .reg .b16 v; cvt.rn.satfinite.e4m3x2.f32 v, $2, $1; cvt.u32.u16 $0, v; }"
+    values = values + [real(0.0)] * (len(values) % 2)
+    found = number(0)
+    for i in range(0, len(values), 2):
+        found = either(found, right(_asm(_i32(), text, "=r,f,f", *values[i : i + 2]), -8 * i))
+    return found
 
 
 def log2(a: Any) -> Any:

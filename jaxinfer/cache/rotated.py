@@ -1,0 +1,51 @@
+"""New tokens on their way into attention: queries and keys turn by their positions, keys and values are appended."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.cache.base import LayerCache
+from jaxinfer.ops.implementation import Implementation, choose, with_gradient_of
+from jaxinfer.ops.rope import RopeConfig, cos_and_sin, rotate
+from pallas_kernels import rope_append as kernels
+from pallas_kernels import targets
+
+FEW_TOKENS = 512  # of all rows: with more, the launches of XLA's kernels are no part of the time
+
+
+def append_rotated(
+    cache: LayerCache,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    rope: RopeConfig,
+    start: Int[Array, "B"],
+    counts: Int[Array, "B"],
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
+    """Return q rotated, and `cache.append` of k rotated and v.
+
+    A cache that keeps position s of a row in slot s of its arrays `[B, K, S, ...]` has `stores`, which names them as
+    the kernel takes them: keys, values, and the scales of each where it rounds them.
+
+    Raises:
+        NotImplementedError: the implementation that is named can't do it; why.
+    """
+
+    def xla(cache: LayerCache, q: Array, k: Array, v: Array, positions: Array, start: Array, counts: Array) -> Any:
+        q, k = rotate(q, positions, rope), rotate(k, positions, rope)
+        return q, cache.append(k, v, start, counts)
+
+    def pallas(cache: LayerCache, q: Array, k: Array, v: Array, positions: Array, start: Array, counts: Array) -> Any:
+        if not hasattr(cache, "stores"):
+            raise NotImplementedError(f"{type(cache).__name__}: has no slots that the kernel could write to")
+        turns = cos_and_sin(rope, q.shape[-1], positions)
+        held = [getattr(cache, name) for name in cache.stores]
+        q, held = targets.kernel(kernels)(q, k, v, *turns, start, counts, *held)
+        return q, dataclasses.replace(cache, **dict(zip(cache.stores, held, strict=True)))
+
+    if implementation is None and q.shape[0] * q.shape[1] > FEW_TOKENS:
+        implementation = "xla"
+    return choose(implementation, with_gradient_of(xla, pallas), xla, cache, q, k, v, positions, start, counts)

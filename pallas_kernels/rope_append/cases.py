@@ -1,0 +1,67 @@
+"""What rotation and append are tested and timed on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.case import Case, Kernel
+from pallas_kernels.rope_append import gpu, reference
+
+BF16 = jnp.bfloat16
+
+
+def case(
+    name: str, B: int, S: int, *, T: int = 1, N: int = 32, K: int = 8, H: int = 128, stored: Any = BF16,
+    start: Sequence[int] | None = None, counts: Sequence[int] | None = None,
+) -> Case:  # fmt: skip
+    """Return a case of B rows of T new tokens, which follow on the others of a cache of S slots."""
+    start = np.arange(B, dtype=np.int32) * 3 % (S - T + 1) if start is None else np.asarray(start, np.int32)
+    counts = np.full(B, T, np.int32) if counts is None else np.asarray(counts, np.int32)
+    angles = np.random.default_rng(0).uniform(0, 6, (B, T, H // 2)).astype(np.float32)
+    cache = jax.ShapeDtypeStruct((B, K, S, H), stored)
+    shapes = {
+        "q": jax.ShapeDtypeStruct((B, T, N, H), BF16),
+        "k": jax.ShapeDtypeStruct((B, T, K, H), BF16), "v": jax.ShapeDtypeStruct((B, T, K, H), BF16),
+        "cos": np.cos(angles), "sin": np.sin(angles), "start": start, "counts": counts,
+        "k_cache": cache, "v_cache": cache,
+    }  # fmt: skip
+    donated: tuple[str, ...] = ("k_cache", "v_cache")
+    if stored != BF16:
+        shapes |= dict.fromkeys(("k_scale", "v_scale"), jax.ShapeDtypeStruct((B, K, S), BF16))
+        donated += ("k_scale", "v_scale")
+    size = jnp.dtype(stored).itemsize
+    moved = B * T * (N * H * 4 + 2 * K * H * (2 + size) + 4 * H)
+    return Case(name, shapes, flops=6.0 * B * T * (N + K) * H, bytes=float(moved), donated=donated, rounded=True)
+
+
+TESTS = [
+    case("one_row", 1, 64),
+    case("one_row_int8", 1, 64, stored=jnp.int8),
+    case("one_row_fp8", 1, 64, stored=jnp.uint8),
+    case("h64", 3, 24, T=2, N=9, K=3, H=64),
+    case("h64_int8", 3, 24, T=2, N=9, K=3, H=64, stored=jnp.int8),
+    case("h64_fp8", 3, 24, T=2, N=9, K=3, H=64, stored=jnp.uint8),
+    case("h256", 2, 24, T=3, N=4, K=1, H=256),
+    case("h256_int8", 2, 24, T=3, N=4, K=1, H=256, stored=jnp.int8),
+    case("h256_fp8", 2, 24, T=3, N=4, K=1, H=256, stored=jnp.uint8),
+    case("padded", 4, 16, T=5, N=4, K=2, start=[0, 3, 14, 16], counts=[5, 0, 5, 1]),
+    case("padded_int8", 4, 16, T=5, N=4, K=2, stored=jnp.int8, start=[0, 3, 14, 16], counts=[5, 0, 5, 1]),
+]
+TIMED = [
+    case("b1_s8192", 1, 8192),
+    case("b1_s8192_int8", 1, 8192, stored=jnp.int8),
+    case("b16_s8192", 16, 8192),
+    case("b16_s8192_int8", 16, 8192, stored=jnp.int8),
+]
+
+
+def _xla(*, blocks=None, **inputs):
+    """Return what XLA makes of the formula."""
+    del blocks
+    return reference(**inputs)
+
+
+KERNEL = Kernel("rope_append", None, reference, TESTS, TIMED, None, None, gpu=gpu, gpu_peers={"xla": _xla})
