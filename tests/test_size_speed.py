@@ -143,3 +143,27 @@ def test_other_devices_are_measured(monkeypatch):
     found = roofline.machine.__wrapped__("float32")
     assert found.source == "measured" and 1e8 < found.bandwidth < 1e13 and 1e8 < found.flops < 1e16
     assert f"{found.bandwidth / 1e9:.0f} GB/s" in found.describe() and "(measured)" in found.describe()
+
+
+def test_all_that_a_round_runs_is_compiled_before_the_first(tiny, caplog, monkeypatch):
+    programs = {"a": tiny, "b": tiny.replace(model=random_program(tiny_config()).model)}
+    real, started = speed._one_round, []
+
+    def counted(*args):
+        started.append(len(caplog.messages))
+        return real(*args)
+
+    monkeypatch.setattr(speed, "_one_round", counted)
+    jax.clear_caches()
+    with jax.log_compiles():
+        speed.measure_speed(programs, [1, 2, 3], new_tokens=5, rounds=1)
+    found = [i for i, x in enumerate(caplog.messages) if "XLA compilation of jit(run)" in x or "prefill_chunk" in x]
+    assert found and max(found) < started[0]
+
+
+def test_what_is_on_a_mesh_is_compiled_when_it_is_called(tiny, monkeypatch):
+    placed = tiny.replace(model=jax.device_put(tiny.model, jax.devices()[0]))
+    monkeypatch.setattr(speed, "_lowered", lambda *_: 1 / 0)
+    assert len(speed.measure_speed({"a": placed}, [1, 2, 3], new_tokens=3, rounds=1)["a"]) == 1
+    with pytest.raises(ZeroDivisionError):
+        speed.measure_speed({"a": tiny}, [1, 2, 3], new_tokens=3, rounds=1)

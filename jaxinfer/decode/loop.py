@@ -30,7 +30,14 @@ def empty_cache(model: Transformer, batch: int, slots: int) -> Cache:
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "logits"))
-def _prefill_chunk(model, cache, logits, tokens, counts):
+def prefill_chunk(
+    model: Transformer,
+    cache: Cache,
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, "B"],
+) -> tuple[Cache, Float[Array, "B V"]]:
+    """Append a chunk of each row's tokens; the logits of a row of none stay."""
     hidden, cache = model(tokens, cache, counts)
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)  # only the last token's logits are wanted: 1/T of that work
@@ -57,7 +64,7 @@ def prefill(
     """
     logits = jnp.zeros((len(rows), model.config.vocab_size), jnp.float32)
     for _, padded, counts in chunks(rows):
-        cache, logits = _prefill_chunk(model, cache, logits, padded, counts)
+        cache, logits = prefill_chunk(model, cache, logits, padded, counts)
         if progress is not None:
             progress(int(counts.sum()))
     return cache, logits

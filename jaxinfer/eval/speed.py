@@ -1,17 +1,28 @@
 """How fast programs are, side by side: they alternate round by round, so that noise hits all of them alike."""
 
+import concurrent.futures
 import dataclasses
+import functools
+import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
+from jaxinfer.cache.base import Cache
 from jaxinfer.decode import loop
+from jaxinfer.decode.base import State
 from jaxinfer.decode.sampling import Sampling
 from jaxinfer.errors import InputError
 from jaxinfer.program import Program
+
+_THREADS = min(8, os.cpu_count() or 1)  # that compile at once
+_EVERY = np.int32(1 << 30)  # steps at most: those of the state are fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +53,8 @@ def measure_speed(
 ) -> dict[str, list[Round]]:
     """Return each program's rounds: greedy, `batch` rows of the same prompt, `new_tokens` after it, no early stop.
 
-    Every second round runs in the opposite order. The round before the first compiles and is not counted.
+    Every second round runs in the opposite order. All that they run is compiled first, and the first round is not
+    counted.
 
     Raises:
         InputError: fewer than 1 round, prompt token or row, fewer than 2 new tokens, or more than the context holds.
@@ -57,6 +69,7 @@ def measure_speed(
                 f"a prompt of {len(prompt)} tokens and {new_tokens} after it: the prompt must be 1 token or more and "
                 f"both fit the model's context of {limit}"
             )
+    _compile(programs.values(), [list(prompt)] * batch, new_tokens)
     found: dict[str, list[Round]] = {name: [] for name in programs}
     for i in range(rounds + 1):
         for name in list(programs)[:: -1 if i % 2 else 1]:
@@ -81,6 +94,40 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), float(p10), float(p90)
 
 
+def _compile(programs: Iterable[Program], rows: Sequence[Sequence[int]], new_tokens: int) -> None:
+    """Compile what a round runs, several programs at once: one after the other that takes minutes of a large model.
+
+    What is on a mesh compiles when it is called: for where its arguments then are.
+    """
+    programs = [p for p in programs if not any(getattr(x, "committed", False) for x in jax.tree.leaves(p.model))]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        jobs = [pool.submit(lowered.compile) for program in programs for lowered in _lowered(program, rows, new_tokens)]
+    for job in jobs:
+        job.result()
+
+
+def _lowered(program: Program, rows: Sequence[Sequence[int]], new_tokens: int) -> Iterator[jax.stages.Lowered]:
+    """Yield what is compiled for a round: the steps, and each shape of a prompt's chunks."""
+    model, decoder = program.model, program.decoder
+    slots = loop.slots_for(len(rows[0]) + new_tokens)
+    cache = jax.eval_shape(lambda: loop.empty_cache(model, len(rows), slots))
+    logits = jax.ShapeDtypeStruct((len(rows), model.config.vocab_size), jnp.float32)
+    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), decoder.prepare(model, rows, slots))
+    state = jax.eval_shape(functools.partial(_state, program, new_tokens), cache, logits, own)
+    yield loop.advance.lower(decoder, model, state, _EVERY)
+    shapes = {padded.shape: (padded, counts) for _, padded, counts in loop.chunks(rows)}
+    for padded, counts in shapes.values():
+        yield loop.prefill_chunk.lower(model, cache, logits, padded, counts)
+
+
+def _state(program: Program, new_tokens: int, cache: Cache, logits: Array, own: Any) -> State:
+    batch = len(logits)
+    return loop.start(
+        program.decoder, cache, logits, limit=np.full(batch, new_tokens), stop_ids=(), sampling=Sampling(),
+        seeds=np.arange(batch), seen=None, own=own,
+    )  # fmt: skip
+
+
 def _one_round(program: Program, prompt: Sequence[int], new_tokens: int, batch: int) -> Round:
     rows = [list(prompt)] * batch
     slots = loop.slots_for(len(prompt) + new_tokens)
@@ -90,20 +137,10 @@ def _one_round(program: Program, prompt: Sequence[int], new_tokens: int, batch: 
     own = program.decoder.prepare(program.model, rows, slots)
     jax.block_until_ready((logits, own))
     filled = time.perf_counter()
-    state = loop.start(
-        program.decoder,
-        cache,
-        logits,
-        limit=np.full(batch, new_tokens),
-        stop_ids=(),
-        sampling=Sampling(),
-        seeds=np.arange(batch),
-        seen=None,
-        own=own,
-    )
+    state = _state(program, new_tokens, cache, logits, own)
     first = int(np.asarray(state.emitted).sum())
     started = time.perf_counter()
-    state = loop.advance(program.decoder, program.model, state, np.int32(1 << 30))
+    state = loop.advance(program.decoder, program.model, state, _EVERY)
     decoded = int(np.asarray(state.emitted).sum()) - first
     done = time.perf_counter()
     return Round(filled - begin, started - begin, done - started, decoded, done - begin)
