@@ -171,7 +171,13 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
         blocks = {"outputs": outputs, "lines": lines, "deep": deep, "stages": stages, "splits": -(-steps // each)}
         if blocks not in found:
             found.append(blocks)
-    return [*found, *({**blocks, "cluster": 1} for blocks in found[:1] if blocks["splits"] > 1)]
+    found += [{**blocks, "cluster": 1} for blocks in found[:1] if blocks["splits"] > 1]
+    # One block a processor, and no splits to add up: the same number of outputs for almost all of them.
+    outputs = -(-O // (132 * 16)) * 16
+    if outputs // 16 * -(-M // 8) <= 16:  # as registers allow
+        ways = ((2, 3), (2, 4)) if outputs <= 128 else ((1, 3), (2, 2))
+        found += [{"outputs": outputs, "lines": lines, "deep": 4, "stages": n, "splits": 1} for lines, n in ways]
+    return found
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):
