@@ -57,11 +57,29 @@ LOWERED = [
 
 @pytest.mark.parametrize(("name", "case"), LOWERED)
 def test_it_lowers(name, case):
-    found, case = case_of(name, case)
+    assert kernels_in(*case_of(name, case)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "kernels"),
+    [
+        ("decode_attention", "cluster_of_16", 1),
+        ("decode_attention", "cluster_int8", 1),
+        ("decode_attention", "gpu_splits", 2),
+        ("paged_decode_attention", "cluster", 1),
+    ],
+)
+def test_a_cluster_needs_no_kernel_to_merge_its_splits(name, case, kernels):
+    found = kernel(name)
+    assert kernels_in(found, next(c for c in found.gpu_tests if c.name == case)) == kernels
+
+
+def kernels_in(found, case):
+    """Return how many kernels a case becomes for an H100."""
     case = case.narrowed()
     with gpus.assume("h100"):
         traced = jax.jit(lambda x: found.gpu(**x, **case.options, blocks=case.gpu_blocks)).trace(dict(case.shapes))
-        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
 
 
 def test_what_it_refuses():
@@ -95,5 +113,19 @@ def test_splits_fill_the_processors():
     for groups, splits in ((8, 33), (128, 2), (512, 1)):
         assert blocks_for(groups, 8192, 128, 8, jnp.bfloat16, None, {})["splits"] == splits
     assert blocks_for(8, 100, 128, 8, jnp.bfloat16, None, {"stages": 2}) == {
-        "slots": 64, "stages": 2, "splits": 1, "overlap": 1,
+        "slots": 64, "stages": 2, "splits": 1, "overlap": 1, "cluster": 0,
     }  # fmt: skip
+
+
+def test_splits_that_are_a_cluster():
+    from pallas_kernels.decode_attention.gpu_rows import blocks_for
+
+    def chosen(groups, **given):
+        found = blocks_for(groups, 8192, 128, 8, jnp.bfloat16, None, given)
+        return found["splits"], found["cluster"]
+
+    assert chosen(128) == (2, 1) and chosen(8) == (33, 0) and chosen(512) == (1, 0)
+    assert chosen(128, cluster=0) == (2, 0) and chosen(8, cluster=1) == (16, 1) and chosen(20, cluster=1) == (8, 1)
+    assert chosen(8, splits=3) == (3, 0) and chosen(8, splits=4) == (4, 1)
+    with pytest.raises(ValueError, match="a cluster of 32 splits"):
+        chosen(8, splits=32, cluster=1)

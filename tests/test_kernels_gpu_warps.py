@@ -1,5 +1,9 @@
-"""The GPU's attention to codes as they are, with no GPU: its threads run on NumPy arrays, beside the reference."""
+"""The GPU's attention to codes as they are, with no GPU: its threads run on NumPy arrays, beside the reference.
 
+And what the blocks of a cluster send each other and merge, whatever found it.
+"""
+
+import dataclasses
 import types
 
 import jax.numpy as jnp
@@ -8,7 +12,15 @@ import numpy as np
 import pytest
 from test_kernels_gpu_matmul import MACHINE, _bytes
 
-from pallas_kernels.decode_attention import gpu_lanes, gpu_merge_warps, gpu_operands, gpu_warp, reference
+from pallas_kernels.decode_attention import (
+    gpu_cluster,
+    gpu_lanes,
+    gpu_merge_warps,
+    gpu_operands,
+    gpu_warp,
+    reference,
+)
+from pallas_kernels.decode_attention.gpu_cluster import Cluster, Parts
 from pallas_kernels.decode_attention.gpu_lanes import Tile
 from pallas_kernels.decode_attention.gpu_operands import Halves, Integers
 from pallas_kernels.decode_attention.gpu_warp import LEAST, LOG2E
@@ -34,7 +46,8 @@ def _four_words(address):
     found = _bytes(address, 16).view("<u4")
     if address.buffer.size > LARGEST_QUERIES:  # shared memory: read by eight threads at a time, of four banks each
         for start in range(0, 128, 8):
-            assert len(set(address.at[start : start + 8] // 16 % 8)) == 8
+            pieces = np.unique(address.at[start : start + 8] // 16)
+            assert len(np.unique(pieces % 8)) == len(pieces)
     return [found[:, i].astype(np.uint32) for i in range(4)]
 
 
@@ -52,6 +65,26 @@ def _write_words(address, words, wanted):
     data = np.stack(words, axis=1).astype("<u4").view(np.uint8)
     for thread in np.flatnonzero(wanted):
         address.buffer[address.at[thread] + np.arange(data.shape[1])] = data[thread]
+
+
+@dataclasses.dataclass
+class There:
+    """Where in the shared memory of which block of the cluster each thread points."""
+
+    block: np.ndarray
+    at: np.ndarray
+
+
+def _send_words(address, words):
+    data = np.stack(words, axis=1).astype("<u4").view(np.float32)
+    assert (address.at % (4 * len(words)) == 0).all()
+    for thread, (block, at) in enumerate(zip(address.block, address.at // 4, strict=True)):
+        held = CLUSTER[block][at : at + len(words)]
+        assert (np.isnan(held) | (held == data[thread])).all(), "sent to one place from two"
+        held[:] = data[thread]
+
+
+CLUSTER: list[np.ndarray] = []  # what each block is sent
 
 
 def _integer_product(sums, left, right):
@@ -117,6 +150,9 @@ WORDS = types.SimpleNamespace(
         "neighbour": lambda a, distance: a[THREADS ^ distance],
         "highest": _highest,
         "meet": lambda: None,
+        "of_block": lambda block, address: There(block, address.at),
+        "send_words": _send_words,
+        "meet_cluster": lambda seen: None,
     }
 )
 
@@ -133,24 +169,31 @@ def _laid(codes, line):
     return found.reshape(-1)
 
 
-def _attend(tile, q, k, v, k_scale, v_scale, start, length, position, tree, letters):
+def _attend(tile, q, k, v, k_scale, v_scale, start, length, position, tree, letters, splits):
     """Return the output and its log-sum-exp of one key head, from a loop of blocks as the kernel's body has it."""
     H, slots = q.shape[1], 4 * tile.slots
     start, length, position = (_number(int(x)) for x in (start, length, position))
     fixed = gpu_warp.prepare(tile, q, tree, start, length, position)
     assert len(fixed) == tile.fixed
-    sums = [np.zeros(128, np.float32) for _ in range(tile.own)]
-    sums += [np.full(128, LEAST, np.float32), np.zeros(128, np.float32)]
     alive = start, WORDS.greater(length - start, _number(0))
-    for base in range(0, k.shape[0], slots):
-        at, here = _number(base), slice(base, base + slots)
-        found = gpu_warp.scores(tile, fixed, _laid(k[here], tile.line), k_scale[here], at, start)
-        assert len(found) == tile.scores
-        sums = gpu_warp.mix(tile, sums, found, _laid(v[here], tile.line), v_scale[here], at, alive)
     out = np.full((tile.rows, H), 7, {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}[letters])
     lse = np.zeros(8, np.float32)
-    shared, peaks = np.zeros(512 * H, np.uint8), np.zeros(256, np.uint8)
-    gpu_merge_warps.finish(tile, sums, shared, peaks, out, letters, lse)
+    cluster = Cluster(splits, 8, H, tile.rows, H)
+    CLUSTER[:] = [np.full(cluster.floats, np.nan, np.float32) for _ in range(splits)]
+    parts = [Parts(cluster, held, _number(i)) for i, held in enumerate(CLUSTER)]
+    each = -(-k.shape[0] // (slots * splits)) * slots
+    for split in range(splits):
+        sums = [np.zeros(128, np.float32) for _ in range(tile.own)]
+        sums += [np.full(128, LEAST, np.float32), np.zeros(128, np.float32)]
+        for base in range(split * each, min((split + 1) * each, k.shape[0]), slots):
+            at, here = _number(base), slice(base, base + slots)
+            found = gpu_warp.scores(tile, fixed, _laid(k[here], tile.line), k_scale[here], at, start)
+            assert len(found) == tile.scores
+            sums = gpu_warp.mix(tile, sums, found, _laid(v[here], tile.line), v_scale[here], at, alive)
+        to = parts[split] if splits > 1 else gpu_merge_warps.Output(tile, out, letters, lse)
+        gpu_merge_warps.finish(tile, sums, np.zeros(512 * H, np.uint8), np.zeros(256, np.uint8), to)
+    for part in parts if splits > 1 else ():
+        part.merge(_number(0), out, letters, lse)
     return out.astype(np.float32), lse[: tile.rows]
 
 
@@ -171,16 +214,21 @@ CASES = {
     "float8": {"float8": True, "rows": 8, "tokens": 2, "start": 3},
     "float8_h64": {"float8": True, "H": 64, "scales": ml_dtypes.bfloat16, "spread": 1e3},
     "steps": {"spread": 1e4},
+    "cluster": {"splits": 2, "rows": 8, "tokens": 2, "letters": "bf16"},
+    "cluster_16": {"splits": 16, "H": 64, "rows": 3, "letters": "f16"},
+    "cluster_window": {"splits": 4, "window": 100, "sinks": 4, "rows": 8, "tokens": 4, "start": 2},
+    "cluster_nothing": {"splits": 8, "length": 0, "H": 192},
+    "cluster_float8": {"splits": 4, "H": 256, "tree": 5, "tokens": 5, "rows": 5, "float8": True},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_threads_find_what_the_reference_does(name, monkeypatch):
-    for module in (gpu_lanes, gpu_merge_warps, gpu_operands, gpu_warp):
+    for module in (gpu_cluster, gpu_lanes, gpu_merge_warps, gpu_operands, gpu_warp):
         monkeypatch.setattr(module, "words", WORDS)
     given = {"H": 128, "rows": 4, "tokens": 1, "slots": 32, "S": 512, "length": 400, "start": 0, "window": None}
     given |= {"sinks": 0, "softcap": None, "tree": 0, "scales": np.float32, "letters": "f32", "spread": 1.0}
-    given |= {"sink_score": None, "float8": False} | CASES[name]
+    given |= {"sink_score": None, "float8": False, "splits": 1} | CASES[name]
     H, rows, T, S, length, start = (given[x] for x in ("H", "rows", "tokens", "S", "length", "start"))
     random = np.random.default_rng(0)
     line = 128 if H % 128 == 0 else 64
@@ -211,7 +259,7 @@ def test_threads_find_what_the_reference_does(name, monkeypatch):
     spoiled = [np.where(dead[:, None], worst, x.astype(np.float32)).astype(x.dtype) for x in (k, v)]
     spoiled += [np.where(dead, np.nan, x).astype(x.dtype) for x in (k_scale, v_scale)]
     with np.errstate(all="ignore"):
-        out, lse = _attend(tile, q, *spoiled, start, length, length - T, tree, given["letters"])
+        out, lse = _attend(tile, q, *spoiled, start, length, length - T, tree, given["letters"], given["splits"])
     groups = -(-rows // T)
     whole = np.zeros((groups * T, H), ml_dtypes.bfloat16)
     whole[:rows] = q
@@ -228,3 +276,47 @@ def test_threads_find_what_the_reference_does(name, monkeypatch):
     finite = np.isfinite(lse)
     np.testing.assert_allclose(lse[finite], expected_lse[finite], atol=2e-3)
     assert relative_error(out, expected) <= (1e-3 if given["letters"] == "f32" else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("splits", "columns", "rows", "H", "tile"),
+    [(2, 8, 3, 64, 0), (16, 8, 8, 128, 0), (4, 16, 28, 80, 1), (8, 64, 64, 128, 0)],
+)
+def test_a_cluster_merges_what_its_matrix_units_find(splits, columns, rows, H, tile, monkeypatch):
+    """Where nothing is found the output is 0, also of a row that no block finds anything for."""
+    for module in (gpu_cluster, gpu_lanes):
+        monkeypatch.setattr(module, "words", WORDS)
+    random, width = np.random.default_rng(0), -(-H // 64) * 64
+    cluster = Cluster(splits, columns, width, rows, H)
+    CLUSTER[:] = [np.full(cluster.floats, np.nan, np.float32) for _ in range(splits)]
+    acc = random.standard_normal((splits, width, columns)).astype(np.float32)
+    peak = (random.standard_normal((splits, columns)) * 9).astype(np.float32)
+    total = random.uniform(1, 60, (splits, columns)).astype(np.float32)
+    for nothing in ((-1, ...), (slice(None), ..., 1)):
+        acc[nothing], peak[nothing], total[nothing] = 0, LEAST, 0
+    parts = [Parts(cluster, held, _number(i)) for i, held in enumerate(CLUSTER)]
+    for part, *found in zip(parts, acc, peak, total, strict=True):
+        part.put_matrix(*(_in_registers(x) for x in found))
+    assert not any(np.isnan(held).any() for held in CLUSTER)
+    out, lse = np.full((rows, H), 7, np.float32), np.full(rows, 7, np.float32)
+    first = tile * columns
+    with np.errstate(divide="ignore"):
+        for part in parts:
+            part.merge(_number(first), out, "f32", lse)
+        expected = peak.max(axis=0) + np.log2((total * np.exp2(peak - peak.max(axis=0))).sum(axis=0))
+    weights = total * np.exp2(peak - np.where(np.isneginf(expected), 0, expected))
+    mixed = np.einsum("shc,sc->ch", acc, weights)[: rows - first, :H]
+    assert (out[:first] == 7).all() and (lse[:first] == 7).all()
+    np.testing.assert_allclose(out[first:], mixed, atol=1e-5)
+    np.testing.assert_allclose(lse[first:], (expected / LOG2E)[: rows - first], rtol=1e-5)
+
+
+def _in_registers(x):
+    """Return a matrix, or a row of one, as the threads hold it: strips of 64 rows, in each 8 columns after another."""
+    warp, row, quarter = THREADS // 32, THREADS % 32 // 4, THREADS % 4
+    pairs = [2 * quarter + 8 * n + c for n in range(x.shape[-1] // 8) for c in (0, 1)]
+    if x.ndim == 1:
+        return [x[column] for column in pairs]
+    eights = [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
+    rows = [[64 * strip + 8 * half + 16 * warp + row for half in (0, 1)] for strip in range(x.shape[0] // 64)]
+    return [x[at, column] for halves in rows for eight in eights for at in halves for column in eight]

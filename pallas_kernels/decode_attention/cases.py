@@ -138,6 +138,31 @@ TESTS = [
     case("int8_heads", 2, 1, 4, 2, 256, 128, [256, 130], cache=jnp.int8, scales=jnp.bfloat16, blocks={"heads": 4}),
 ]
 
+
+def _clusters() -> list[Case]:
+    """Return cases whose splits are a cluster: of each size, with blocks, and whole rows, that have nothing to do."""
+    i8, f8 = {"cache": jnp.int8}, {"cache": jnp.float8_e4m3fn}
+
+    def clustered(splits: int, name: str, *sizes: Any, **options: Any) -> Case:
+        return case(f"cluster_{name}", *sizes, gpu_blocks={"splits": splits, "stages": 2, "cluster": 1}, **options)
+
+    return [
+        clustered(2, "of_2", 2, 1, 2, 4, 512, 128, [500, 130], start=[70, 129]),
+        clustered(4, "f16", 3, 2, 2, 2, 512, 64, [500, 31, 0], dtype=jnp.float16, return_lse=True),
+        clustered(8, "window", 2, 4, 2, 2, 1024, 64, [1000, 100], window=300, sinks=4, return_lse=True),
+        clustered(16, "of_16", 3, 1, 2, 4, 2048, 128, [2000, 700, 1], softcap=5.0, return_lse=True),
+        clustered(16, "h80", 2, 3, 2, 4, 256, 80, [250, 70], return_lse=True),
+        clustered(8, "h256", 1, 1, 2, 8, 1024, 256, [1000]),
+        clustered(2, "tree", 2, 8, 2, 2, 256, 64, [250, 60], tree=BRANCHING, window=20),
+        clustered(4, "tiles", 2, 10, 1, 8, 512, 64, [500, 70], return_lse=True),
+        clustered(8, "int8", 3, 1, 2, 4, 2048, 128, [2000, 130, 0], return_lse=True, **i8),
+        clustered(16, "int8_of_16", 2, 2, 2, 4, 2048, 64, [2000, 300], window=900, sinks=4, return_lse=True, **i8),
+        clustered(4, "int8_rows", 2, 3, 2, 4, 512, 128, [500, 130], return_lse=True, **i8),
+        clustered(2, "fp8", 2, 1, 2, 4, 1024, 128, [1000, 100], scales=jnp.bfloat16, start=[300, 0], **f8),
+        clustered(4, "fp8_tree", 2, 8, 2, 1, 1024, 64, [1000, 60], tree=BRANCHING, return_lse=True, **f8),
+    ]
+
+
 # Blocks that reach past the cache, a split with nothing to do, rows in more than one tile, nodes in two words.
 GPU_TESTS = [
     case("past_the_end", 2, 1, 2, 4, 200, 128, [200, 130], return_lse=True),
@@ -147,6 +172,7 @@ GPU_TESTS = [
     case("tree_40", 1, 40, 1, 1, 256, 128, [200], tree=tree_of([-1, *[max(0, i // 2 - 1) for i in range(1, 40)]])),
     case("int8_splits", 2, 1, 2, 4, 1024, 128, [1000, 130], cache=jnp.int8, gpu_blocks={"splits": 3, "stages": 2}),
     case("int8_window", 2, 1, 2, 4, 512, 64, [500, 130], cache=jnp.int8, window=100, sinks=4),
+    *_clusters(),
 ]
 
 
@@ -194,9 +220,22 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
     found += [{"slots": 128, "stages": stages} for stages in (2, 3)]
     if "k_scale" in case.shapes:  # 64 slots are widened first, more are multiplied as they are
         found += [{"slots": 128, "stages": 4}, {"slots": 128, "stages": 6}, {"slots": 256, "stages": 2}]
-    if case.shapes["k"].shape[0] == 1:  # fewer parts to be merged
+    rows = case.shapes["q"].shape[0]
+    if rows == 1:  # fewer parts to be merged
         found += [{"splits": 16}, {"splits": 16, "stages": 6}]
-    return found
+    return found + _clusters_of(rows, "k_scale" in case.shapes)
+
+
+def _clusters_of(rows: int, quantized: bool) -> list[dict[str, int]]:
+    """Return blocks whose splits are a cluster, one resident on a processor or two; of many rows whether they are."""
+    if rows > 4:
+        return [{"cluster": 0}, {"cluster": 1}]
+    sizes = ((128, 3), (128, 6), (256, 2), (256, 3)) if quantized else ((64, 3), (64, 6), (128, 2), (128, 3))
+    return [
+        {"splits": splits, "cluster": 1, "slots": slots, "stages": stages}
+        for splits in ((8, 16) if rows == 1 else (4, 8))
+        for slots, stages in sizes
+    ]
 
 
 def gpu_class(q: Any, k: Any, *_: Any, **__: Any) -> dict[str, int | str]:

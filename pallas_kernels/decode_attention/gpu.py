@@ -31,11 +31,13 @@ def decode_attention(
 ):
     """Return what the contract of this folder says.
 
-    `blocks`: slots a copy, a multiple of 64, stages in flight, splits of a row; by default what fills the GPU. Codes
-    with few queries are multiplied as they are where slots are a multiple of 128.
+    `blocks`: slots a copy, a multiple of 64, stages in flight, splits of a row, and whether these are a cluster that
+    merges what it finds itself (`cluster` 1), with no second kernel; by default what fills the GPU. Codes with few
+    queries are multiplied as they are where slots are a multiple of 128.
 
     Raises:
         NotImplementedError: dtypes or sizes that the kernel does not take.
+        ValueError: both position and tree, or a cluster of a number of splits that is not 1, 2, 4, 8 or 16.
     """
     return attend_rows(
         "decode_attention", q, Dense(k, v, k_scale, v_scale), k.shape[1], k.shape[2], length, scale=scale,

@@ -15,8 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat
+from pallas_kernels.decode_attention import gpu_instructions
+from pallas_kernels.decode_attention.gpu_cluster import Parts
 from pallas_kernels.decode_attention.gpu_codes import widen
-from pallas_kernels.decode_attention.gpu_masks import BY_COLUMN, BY_SLOT, MATRIX, Mask, Range, wide
+from pallas_kernels.decode_attention.gpu_masks import BY_COLUMN, BY_SLOT, MATRIX, NUMBER, Mask, Range, wide
 from pallas_kernels.decode_attention.gpu_plan import Plan
 from pallas_kernels.decode_attention.gpu_stream import Stream
 
@@ -33,13 +35,13 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     group, tile = _divide(jax.lax.axis_index("rows"), plan.tiles)
     b, head = _divide(group, plan.kv_heads)
     split = jax.lax.axis_index("splits")
+    at = Range(plan, refs, b)  # what no copy of the cache begins without is read first
     first_column = tile * plan.columns
     columns = pl.ds(first_column, plan.columns)
     # Past the last row and past H a copy fills in zeros; where it begins is not known when it is compiled, or jax
     # would not allow it.
     width = pl.ds(group * 0, plan.width)
     plgpu.copy_gmem_to_smem(refs["q"].at[group, columns, width], memory["q"], memory["q_barrier"])
-    at = Range(plan, refs, b)
     begin, end = at.share(split)
 
     stream = Stream(plan, source, refs, memory, at, b, head, begin, end)
@@ -82,6 +84,9 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
     nothing = total == 0.0
     safe = jnp.where(nothing, 1.0, total)
     acc = acc * wide(1.0 / safe, acc.shape, 1)
+    if plan.cluster is not None:
+        _merged(plan, (acc, peak, total), memory["parts"], split, first_column, group, refs)
+        return
     turned = plgpu.layout_cast(acc.astype(plan.out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     compat.transposed(memory["out"])[...] = turned
     plgpu.commit_smem()
@@ -93,6 +98,24 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
         lse = jnp.where(nothing, -jnp.inf, peak * (1 / LOG2E) + jnp.log(safe))
         refs["lse"].at[group, split, columns][...] = lse
     plgpu.wait_smem_to_gmem(0)
+
+
+def _merged(
+    plan: Plan, own: tuple[Any, Any, Any], parts: Any, block: Any, first: Any, group: Any, refs: dict[str, Any]
+) -> None:
+    """Write the output that a cluster's blocks find: of each its `own`, the peak of its scores, and their total."""
+    found = [refs[name].at[group] for name in ("out", "lse") if name in refs]
+    types = MATRIX, BY_COLUMN, BY_COLUMN, plgpu.RefType(), NUMBER, NUMBER, [plgpu.RefType() for _ in found]
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=())
+    def run(_: Any, acc: Any, peak: Any, total: Any, parts: Any, block: Any, first: Any, found: Any) -> Any:
+        parts = Parts(plan.cluster, parts, block.registers.item())
+        parts.put_matrix(*[gpu_instructions.floats(array) for array in (acc, peak, total)])
+        out, lse = (*found, None)[:2]
+        parts.merge(first.registers.item(), out, plan.letters, lse)
+        return ()
+
+    run(*own, parts, block, first, found)
 
 
 def _scores(plan: Plan, memory: dict[str, Any], stage: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.quantized_matmul.gpu_words import (
     add,
@@ -33,32 +33,54 @@ from pallas_kernels.quantized_matmul.gpu_words import (
     uncarried,
     width,
 )  # fmt: skip
+from pallas_kernels.quantized_matmul.gpu_words import meet as meet_cluster
 from pallas_kernels.quantized_matmul.gpu_words import product as multiplied
 
 __all__ = [
-    "add", "both", "carried", "differ", "either", "fma", "less", "multiplied", "number", "onward", "picked", "plus",
-    "pointer", "quotient", "read", "real", "remainder", "right", "several", "thread", "times", "uncarried", "width",
+    "add", "both", "carried", "differ", "either", "fma", "less", "meet_cluster", "multiplied", "number", "onward",
+    "picked", "plus", "pointer", "quotient", "read", "real", "remainder", "right", "several", "thread", "times",
+    "uncarried", "width",
 ]  # fmt: skip
 
 
 def keep_words(address: Any, words: list[Any]) -> None:
     """Write two or four words to an address of whole 8 or 16 bytes."""
     kind = ir.VectorType.get((len(words),), _i32())
-    vector = llvm.mlir_undef(kind)
+    together = llvm.mlir_undef(kind)
     for i, word in enumerate(words):
-        vector = llvm.insertelement(vector, word, number(i))
-    llvm.store(vector, address, alignment=4 * len(words))
+        together = llvm.insertelement(together, word, number(i))
+    llvm.store(together, address, alignment=4 * len(words))
 
 
 def write_words(address: Any, words: list[Any], wanted: Any) -> None:
     """Write one, two or four words to global memory where `wanted`."""
-    count = len(words)
-    names = ", ".join(f"${i}" for i in range(2, count + 2))
-    kind = "b32" if count == 1 else f"v{count}.b32"
-    text = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.{kind} [$0], {{{names}}}; }}"
-    constraints = ",".join(["l", "r", *["r"] * count, "~{memory}"])
+    store = f"st.global.{_several(len(words))} [$0], {_names(2, len(words))};"
+    _store(f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {store} }}", "l", address, wanted, *words)
+
+
+def of_block(block: Any, address: Any) -> Any:
+    """Return where in a cluster's shared memory a block has what is at that address of one's own: a word."""
+    at = llvm.ptrtoint(_i32(), address)
+    return _asm(_i32(), "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", at, block)
+
+
+def send_words(address: Any, words: list[Any]) -> None:
+    """Write one, two or four words to a cluster's shared memory, at an address that `of_block` gave."""
+    _store(f"st.shared::cluster.{_several(len(words))} [$0], {_names(1, len(words))};", "r", address, *words)
+
+
+def _several(count: int) -> str:
+    return "b32" if count == 1 else f"v{count}.b32"
+
+
+def _names(first: int, count: int) -> str:
+    return "{" + ", ".join(f"${i}" for i in range(first, first + count)) + "}"
+
+
+def _store(text: str, address_kind: str, address: Any, *words: Any) -> None:
+    constraints = ",".join([address_kind, *["r"] * len(words), "~{memory}"])
     llvm.inline_asm(
-        ir.Type.parse("!llvm.void"), [address, wanted, *words], text, constraints, asm_dialect=0, has_side_effects=True
+        ir.Type.parse("!llvm.void"), [address, *words], text, constraints, asm_dialect=0, has_side_effects=True
     )
 
 
@@ -121,6 +143,16 @@ def pair_of(low: Any, high: Any) -> Any:
 def half_pair_of(low: Any, high: Any) -> Any:
     """Return two floats as float16, in a word."""
     return _asm(_i32(), "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
+
+
+def floats(array: Any) -> list[Any]:
+    """Return all floats that a thread has of an array, in the order of its registers."""
+    counts = [ir.VectorType(register.type).shape[0] for register in array.registers.flat]
+    return [
+        vector.extract(register, dynamic_position=[], static_position=[i])
+        for register, count in zip(array.registers.flat, counts, strict=True)
+        for i in range(count)
+    ]
 
 
 def product(a: Any, b: Any) -> Any:

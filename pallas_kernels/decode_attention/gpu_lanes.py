@@ -64,6 +64,14 @@ def over_four(combine: Any, value: Any) -> Any:
     return value
 
 
+def words_of(values: list[Any], letters: str) -> list[Any]:
+    """Return four floats as the words of four numbers of a type: "f32", "bf16" or "f16"."""
+    if letters == "f32":
+        return [words.as_word(value) for value in values]
+    pair = words.pair_of if letters == "bf16" else words.half_pair_of
+    return [pair(*values[:2]), pair(*values[2:])]
+
+
 def two_scales(address: Any, size: int) -> tuple[Any, Any]:
     """Return the two scales at an address."""
     if size == 4:

@@ -12,6 +12,7 @@ from pallas_kernels.decode_attention.gpu_plan import Plan
 
 MATRIX = plgpu.Layout.WGMMA
 BY_SLOT, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)  # a number for every slot, and for every query
+NUMBER = plgpu.Layout.WG_SPLAT(())  # one for all
 
 
 class Range:

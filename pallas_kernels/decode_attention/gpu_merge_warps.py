@@ -3,14 +3,35 @@
 from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
-from pallas_kernels.decode_attention.gpu_lanes import Lane, Tile
+from pallas_kernels.decode_attention.gpu_lanes import Lane, Tile, words_of
 from pallas_kernels.decode_attention.gpu_warp import LEAST, LOG2E
 
 WARPS = 4
 
 
-def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any, letters: str, lse: Any) -> None:
-    """Write the output `[rows, H]`, and what `lse` refers to `[8]` unless it is None.
+class Output:
+    """The output `[rows, H]` of a block that is alone, in memory, and what `lse` refers to `[8]` unless it is None."""
+
+    def __init__(self, tile: Tile, out: Any, letters: str, lse: Any):
+        self._rows, self._size, self._letters = tile.rows, words.width(out), letters
+        self._row = tile.line * tile.lines * self._size
+        self._out, self._lse = words.pointer(out), None if lse is None else words.pointer(lse)
+
+    def put(self, row: Any, column: Any, values: list[Any]) -> None:
+        """Write four numbers of a row, from a column on."""
+        to = words.onward(words.onward(self._out, words.times(row, self._row)), words.times(column, self._size))
+        words.write_words(to, words_of(values, self._letters), words.less(row, self._rows))
+
+    def end(self, number: Any, row: Any, peak: Any, total: Any) -> None:
+        """Write the log-sum-exp of a row, if `number` is 0."""
+        if self._lse is None:
+            return
+        value = words.product(words.plus(peak, words.log2(total)), words.real(1 / LOG2E))
+        words.write_words(words.onward(self._lse, words.times(row, 4)), [words.as_word(value)], words.less(number, 1))
+
+
+def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any) -> None:
+    """Put the output to `out`, four numbers a time, and for each row its peak and total: `Output`, or as that.
 
     `shared` and `peaks` are shared memory that nothing is copied to any more, `512 H` and 256 bytes of it.
     """
@@ -40,9 +61,6 @@ def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any, lette
         words.keep_words(words.onward(mine, 512 * i), part)
     words.meet()
     each = chunks // WARPS
-    size = words.width(out)
-    to = words.onward(words.pointer(out), words.times(lane.row, tile.line * tile.lines * size))
-    wanted = words.less(lane.row, tile.rows)
     for i in range(each):
         chunk = words.add(words.times(lane.warp, each), i)
         address = words.onward(own, words.times(chunk, 512))
@@ -53,16 +71,5 @@ def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any, lette
         line, piece = words.quotient(chunk, tile.line // 16), words.remainder(chunk, tile.line // 16)
         column = words.add(words.times(line, tile.line), words.times(lane.quarter, tile.line // 4))
         column = words.add(column, words.times(piece, 4))
-        words.write_words(words.onward(to, words.times(column, size)), _written(found, letters), wanted)
-    if lse is not None:
-        value = words.product(words.plus(top, words.log2(whole)), words.real(1 / LOG2E))
-        first = words.less(words.add(words.times(lane.warp, WARPS), lane.quarter), 1)
-        words.write_words(words.onward(words.pointer(lse), words.times(lane.row, 4)), [words.as_word(value)], first)
-
-
-def _written(found: list[Any], letters: str) -> list[Any]:
-    """Return four floats as words of what the output holds: "f32", "bf16" or "f16"."""
-    if letters == "f32":
-        return [words.as_word(value) for value in found]
-    pair = words.pair_of if letters == "bf16" else words.half_pair_of
-    return [pair(*found[:2]), pair(*found[2:])]
+        out.put(lane.row, column, found)
+    out.end(words.add(words.times(lane.warp, WARPS), lane.quarter), lane.row, top, whole)

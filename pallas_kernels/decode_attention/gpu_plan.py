@@ -6,6 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_attention.gpu_cluster import Cluster
+
+LETTERS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 SCALES = ("k_scale", "v_scale")
 
 
@@ -21,6 +24,7 @@ class Plan:
     slots: int
     stages: int
     splits: int
+    cluster: Cluster | None  # the blocks of a row's splits, where they merge what they found themselves
     H: int
     dtype: Any  # of the products
     stored: Any  # of the cache
@@ -58,6 +62,11 @@ class Plan:
         return by_warps(self.scales, self.columns, self.H) and self.slots % 128 == 0 and not self.plain
 
     @property
+    def letters(self) -> str:
+        """What the instructions call the type of the output."""
+        return LETTERS[jnp.dtype(self.out_dtype).name]
+
+    @property
     def quantized(self) -> bool:
         """Whether the cache has scales."""
         return self.scales is not None
@@ -74,8 +83,10 @@ def scratch(plan: Plan, copies: int) -> dict[str, Any]:
     barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
     barriers = {"k_barrier": barriers, "v_barrier": barriers}
     scales = {name: plgpu.SMEM((plan.stages, plan.slots), plan.scales) for name in SCALES if plan.quantized}
+    sent = {} if plan.cluster is None else {"parts": plgpu.SMEM((plan.cluster.floats,), jnp.float32)}
     if plan.by_warps:
-        return {name: _tiled(stage, plan.stored, swizzle(plan.H, plan.stored)) for name in "kv"} | scales | barriers
+        blocks = {name: _tiled(stage, plan.stored, swizzle(plan.H, plan.stored)) for name in "kv"}
+        return blocks | scales | sent | barriers
     queries, keys = swizzle(plan.H, plan.dtype), swizzle(plan.H, plan.stored)
     beside = 128 if plan.quantized else keys  # both operands of a product are laid out alike
     found = {
@@ -83,9 +94,9 @@ def scratch(plan: Plan, copies: int) -> dict[str, Any]:
         "k": _tiled(stage, plan.stored, keys),
         "v": _tiled(stage, plan.stored, keys),
         "weights": _tiled((plan.columns, plan.slots), plan.dtype, beside),
-        "out": plgpu.SMEM((plan.columns, plan.width), plan.out_dtype),
         "q_barrier": plgpu.Barrier(),
     }
+    found |= sent or {"out": plgpu.SMEM((plan.columns, plan.width), plan.out_dtype)}
     if plan.quantized:
         found["wide"] = _tiled((plan.slots, plan.width), plan.dtype, beside)
         found |= scales

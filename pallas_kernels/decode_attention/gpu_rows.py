@@ -8,12 +8,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compat, gpus, tuning
 from pallas_kernels.calls import Known
-from pallas_kernels.decode_attention import gpu_body, gpu_warp_body
+from pallas_kernels.decode_attention import gpu_body, gpu_cluster, gpu_warp_body
+from pallas_kernels.decode_attention.gpu_cluster import Cluster
 from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
 from pallas_kernels.decode_attention.gpu_plan import Plan, by_warps, scratch, swizzle
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
+CLUSTERED = 8  # splits at most that are a cluster where nothing is said of it: 0 for none, 16 for all that can be
 
 
 def attend_rows(
@@ -41,7 +43,7 @@ def attend_rows(
 
     Raises:
         NotImplementedError: dtypes or sizes that the kernel does not take.
-        ValueError: both position and tree.
+        ValueError: both position and tree, or blocks that ask for a cluster of a size that there is not.
     """
     if tree is not None and position is not None:
         raise ValueError("position and tree: a tree's own slots give the positions of its queries")
@@ -56,14 +58,20 @@ def attend_rows(
     grid = B * K * -(-rows // columns)
     tuned = tuning.gpu_blocks(name, gpus.current().name, block_class(stored, B * K, rows, capacity, H))
     warps = by_warps(scales, columns, H) and not interpret
+    if "splits" in (blocks or {}):
+        tuned.pop("cluster", None)  # goes with the table's splits
     chosen = blocks_for(grid, capacity, width, columns, stored, scales, tuned | (blocks or {}), warps)
     slots = source.fit(chosen["slots"])
+    splits = chosen["splits"]
+    together = chosen["cluster"] and splits > 1 and not interpret
+    cluster = Cluster(splits, columns, width, rows, H) if together else None
+    apart = splits > 1 and cluster is None
     plan = Plan(
         kv_heads=K, rows=rows, columns=columns, tokens=T, capacity=capacity, slots=slots, stages=chosen["stages"],
-        splits=chosen["splits"], H=H, dtype=dtype, stored=stored, scales=scales,
-        out_dtype=jnp.dtype(jnp.float32 if chosen["splits"] > 1 else q.dtype), scale=scale, softcap=softcap,
+        splits=splits, cluster=cluster, H=H, dtype=dtype, stored=stored, scales=scales,
+        out_dtype=jnp.dtype(jnp.float32 if apart else q.dtype), scale=scale, softcap=softcap,
         window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
-        with_lse=return_lse or chosen["splits"] > 1, overlap=bool(chosen["overlap"]) and not interpret,
+        with_lse=return_lse or apart, overlap=bool(chosen["overlap"]) and not interpret,
         has_start=start is not None, has_position=position is not None, plain=bool(interpret),
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
@@ -77,10 +85,10 @@ def attend_rows(
     if tree is not None:
         inputs["tree"] = _tree_words(jnp.asarray(tree), B, N // K, plan)
     found = _call(name, plan, source, inputs | source.arrays, interpret)
-    if plan.splits > 1:
+    if apart:
         out, lse = (by_xla if interpret else merge)(found["out"], found["lse"], rows, q.dtype, plan.overlap)
     else:
-        out, lse = found["out"][:, :, :rows], found["lse"][..., :rows] if return_lse else None
+        out, lse = found["out"][..., :rows, :], found["lse"][..., :rows] if return_lse else None
 
     def ungroup(x):
         return x.reshape(B, K, N // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
@@ -120,29 +128,49 @@ def blocks_for(
     """Return the blocks: those given, by default two resident on a processor or one, and splits that fill all once.
 
     `grid` is the number of blocks of the grid that a split takes; of those whose warps attend each for itself, `warps`,
-    two or three are resident.
+    two or three are resident. A cluster that is asked for has fewer splits where there is none of so many blocks.
+
+    Raises:
+        ValueError: a cluster of as many splits as are given is not to be had.
     """
     gpu = gpus.current()
     slots = given.get("slots", 128 if warps else 64)
     stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
-    fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED
+    sent = columns * 8 * max(gpu_cluster.SIZES)
+    fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED + sent
     wanted, most = 2, 4
     if warps and slots % 128 == 0:
-        fixed = RESERVED // 3
+        fixed = RESERVED // 3 + columns * width * 4 + sent
         wanted = most = 3 if stored == jnp.int8 and width <= 128 else 2  # as registers allow
     shared = (gpu.shared // wanted - fixed) // stage
     stages = given.get("stages", min(4, shared if shared >= 2 else (gpu.shared - fixed) // stage))
     resident = max(1, min(most, gpu.shared // (fixed + stages * stage)))
     splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots)), MOST_SPLITS))
-    return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1} | given
+    if given.get("cluster"):
+        splits = max(size for size in (1, *gpu_cluster.SIZES) if size <= splits)
+    splits = given.get("splits", splits)
+    cluster = given.get("cluster", int(splits in gpu_cluster.SIZES and splits <= CLUSTERED))
+    if cluster and splits not in (1, *gpu_cluster.SIZES):
+        raise ValueError(f"blocks={given}: a cluster of {splits} splits, must be 1, 2, 4, 8 or 16")
+    found = {"slots": slots, "stages": stages, "splits": splits, "overlap": 1, "cluster": cluster}
+    return found | given
 
 
 def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
-    """Run the kernel and return `out` `[B * K, splits, rows, H]` and perhaps `lse`, maybe with rows of padding."""
-    lead, padded = (inputs["q"].shape[0], plan.splits), plan.tiles * plan.columns
-    shapes = {"out": jax.ShapeDtypeStruct((*lead, plan.rows if plan.exact else padded, plan.H), plan.out_dtype)}
+    """Run the kernel and return `out` `[B * K, splits, rows, H]` and perhaps `lse`, maybe with rows of padding.
+
+    What a cluster has merged has neither splits nor padding.
+    """
+    groups, padded = inputs["q"].shape[0], plan.tiles * plan.columns
+    axes = {"grid": (groups * plan.tiles, plan.splits), "grid_names": ("rows", "splits")}
+    lead, rows = (groups, plan.splits), (plan.rows if plan.exact else padded, padded)
+    if plan.cluster is not None:
+        axes = {"grid": axes["grid"][:1], "grid_names": ("rows",)}
+        axes |= {"cluster": (plan.splits,), "cluster_names": ("splits",)}
+        lead, rows = (groups,), (plan.rows, plan.rows)
+    shapes = {"out": jax.ShapeDtypeStruct((*lead, rows[0], plan.H), plan.out_dtype)}
     if plan.with_lse:
-        shapes["lse"] = jax.ShapeDtypeStruct((*lead, padded), jnp.float32)
+        shapes["lse"] = jax.ShapeDtypeStruct((*lead, rows[1]), jnp.float32)
     names, memory = list(inputs), scratch(plan, source.copies_of(plan.slots))
 
     def run(*refs: Any) -> None:
@@ -156,8 +184,7 @@ def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpre
         run,
         name=name,
         out_type=list(shapes.values()),
-        grid=(lead[0] * plan.tiles, plan.splits),
-        grid_names=("rows", "splits"),
+        **axes,
         scratch_types=list(memory.values()),
         interpret=interpret,
         auto_barriers=not plan.by_warps,

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention import gpu_instructions, gpu_merge_warps, gpu_warp
+from pallas_kernels.decode_attention.gpu_cluster import Parts
 from pallas_kernels.decode_attention.gpu_lanes import Tile
-from pallas_kernels.decode_attention.gpu_masks import Range
+from pallas_kernels.decode_attention.gpu_masks import NUMBER, Range
 from pallas_kernels.decode_attention.gpu_operands import Halves, Integers
 from pallas_kernels.decode_attention.gpu_plan import Plan, swizzle
 from pallas_kernels.decode_attention.gpu_stream import Stream
 from pallas_kernels.decode_attention.gpu_warp import LEAST, LOG2E
-
-NUMBER = plgpu.Layout.WG_SPLAT(())
-LETTERS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def tile_of(plan: Plan) -> Tile:
@@ -59,8 +57,8 @@ def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) 
 
     zeros = plgpu.layout_cast(jnp.zeros((128 * (tile.own + 2),), jnp.float32), _held(tile.own + 2))
     sums = jax.lax.fori_loop(begin, end, step, _begin(tile, zeros))
-    lse = refs["lse"].at[group, split] if plan.with_lse else None
-    _finish(plan, tile, sums, memory, refs["out"].at[group, split], lse)
+    where = (group, split) if plan.cluster is None else (group,)
+    _finish(plan, tile, sums, memory, split, [refs[name].at[where] for name in ("out", "lse") if name in refs])
 
 
 def _held(count: int) -> Any:
@@ -138,21 +136,23 @@ def _mix(
     return run(sums, found, memory["v"].at[stage], memory["v_scale"].at[stage], base, start, alive)
 
 
-def _finish(plan: Plan, tile: Tile, sums: Any, memory: dict[str, Any], out: Any, lse: Any) -> None:
-    logs = [] if lse is None else [lse]
+def _finish(plan: Plan, tile: Tile, sums: Any, memory: dict[str, Any], split: Any, found: list[Any]) -> None:
+    """Write the output, and perhaps the log-sum-exp, to what is `found`."""
+    sent = [] if plan.cluster is None else [memory["parts"]]
+    types = _held(tile.own + 2), _tiles(tile), _tiles(tile), [plgpu.RefType() for _ in sent], NUMBER
 
-    @plgpu.inline_mgpu(
-        arg_types=(
-            _held(tile.own + 2), _tiles(tile), _tiles(tile), plgpu.RefType(), [plgpu.RefType() for _ in logs],
-        ),
-        return_type=(),
-    )  # fmt: skip
-    def run(_: Any, sums: Any, shared: Any, peaks: Any, out: Any, logs: Any) -> Any:
-        sums, letters = gpu_instructions.uncarried(sums), LETTERS[jnp.dtype(plan.out_dtype).name]
-        gpu_merge_warps.finish(tile, sums, shared, peaks, out, letters, logs[0] if logs else None)
+    @plgpu.inline_mgpu(arg_types=(*types, [plgpu.RefType() for _ in found]), return_type=())
+    def run(_: Any, sums: Any, shared: Any, peaks: Any, sent: Any, block: Any, found: Any) -> Any:
+        sums, (out, lse) = gpu_instructions.uncarried(sums), (*found, None)[:2]
+        if plan.cluster is None:
+            gpu_merge_warps.finish(tile, sums, shared, peaks, gpu_merge_warps.Output(tile, out, plan.letters, lse))
+        else:
+            parts = Parts(plan.cluster, sent[0], block.registers.item())
+            gpu_merge_warps.finish(tile, sums, shared, peaks, parts)
+            parts.merge(gpu_instructions.number(0), out, plan.letters, lse)
         return ()
 
-    run(sums, memory["k"].at[0], memory["v"].at[0], out, logs)
+    run(sums, memory["k"].at[0], memory["v"].at[0], sent, split, found)
 
 
 def meet() -> None:

@@ -108,10 +108,15 @@ TESTS = [
     case("int8", 2, 2, 2, 4, 64, 128, [130, 65], cache=jnp.int8),
     case("fp8", 2, 1, 2, 4, 32, 128, [130, 65], cache=jnp.float8_e4m3fn, scales=jnp.bfloat16),
 ]
+_CLUSTER = {"cluster": 1, "stages": 2}
 GPU_TESTS = [
     case("gpu_splits", 3, 1, 2, 4, 64, 128, [700, 31, 0], return_lse=True, gpu_blocks={"splits": 3, "stages": 2}),
     case("pages_128", 2, 1, 2, 4, 128, 128, [300, 129]),
     case("int8_128", 2, 1, 2, 4, 128, 64, [300, 129], cache=jnp.int8, gpu_blocks={"splits": 2}),
+    case("cluster", 3, 1, 2, 4, 64, 128, [700, 31, 0], return_lse=True, gpu_blocks=_CLUSTER | {"splits": 4}),
+    case("cluster_tree", 2, 8, 2, 2, 16, 64, [600, 31], tree=BRANCHING, gpu_blocks=_CLUSTER | {"splits": 16}),
+    case("cluster_int8", 2, 1, 2, 4, 64, 128, [1300, 65], cache=jnp.int8, gpu_blocks=_CLUSTER | {"splits": 8}),
+    case("cluster_fp8", 2, 1, 2, 4, 16, 64, [700, 0], cache=jnp.float8_e4m3fn, gpu_blocks=_CLUSTER | {"splits": 2}),
 ]
 
 

@@ -39,10 +39,12 @@ def paged_decode_attention(
 ):
     """Return what the contract of this folder says.
 
-    `blocks`: slots a block, a multiple of 64, stages in flight, splits of a row; by default what fills the GPU.
+    `blocks`: slots a block, a multiple of 64, stages in flight, splits of a row, and whether these are a `cluster`; by
+    default what fills the GPU.
 
     Raises:
         NotImplementedError: dtypes or sizes that the kernel does not take.
+        ValueError: a cluster of a number of splits that is not 1, 2, 4, 8 or 16.
     """
     pages = {"k": k_pages, "v": v_pages} | ({} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale})
     table, length = jnp.asarray(table, jnp.int32), jnp.asarray(length, jnp.int32)
