@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pallas_kernels import gpu_measure, gpus
 from pallas_kernels.case import Case, Kernel
 from pallas_kernels.kernels import kernel as find
 
-_THREADS = 8  # that compile at once
+_THREADS = min(16, os.cpu_count() or 1)  # that compile at once
 _WORTH = 0.97  # of the time with a kernel's own blocks: what others must be faster than to be in its table
 
 

@@ -24,6 +24,8 @@ _CACHED = 400e6  # bytes that the inputs of a timed call take at least, all sets
 _LARGE = 4e9  # bytes of inputs of which two sets are enough
 _CALLS = (4, 24)  # input sets, at least and at most
 _ROUNDS, _SECONDS = 7, 0.01  # rounds, and about what half of one takes
+_UNASKED = 2e-3  # seconds of turns of a loop between which the host is not asked whether there are more
+_FASTEST = 3e12, 7e14  # bytes and FLOP a second, about, by which calls are counted
 LOWERING = threading.Lock()  # Mosaic keeps what it is in the middle of in global variables
 _COPIED = 1 << 30  # bytes of the array whose copy is timed
 _SIDE = 8192  # of the matrices whose product is timed
@@ -53,7 +55,7 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
         *found, changed = found
         *expected, _ = expected
         before = [np.asarray(given[name]) for name in case.donated] if case.rounded else [None] * len(kept)
-        same = [is_changed(*arrays) for arrays in zip(changed, kept, before, strict=True)]
+        same = [is_changed(*arrays) for arrays in zip(changed, map(np.asarray, kept), before, strict=True)]
         line["ok"] = all(same)
         line["changed"] = same
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -96,7 +98,8 @@ def ceilings() -> dict[str, float]:
 
 def _loop_seconds(turn: Callable[[Any], Any], state: Any) -> float:
     """Return the seconds of a turn of a loop over a state that is changed in place, without those of a dispatch."""
-    loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, lambda _, s: turn(s), state), donate_argnums=0)
+    known = lambda _, state: jax.lax.fori_loop(0, 4, lambda _, s: turn(s), state)  # noqa: E731 (see `compile_calls`)
+    loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, known, state), donate_argnums=0)
 
     def seconds(turns: int) -> float:
         nonlocal state
@@ -106,18 +109,20 @@ def _loop_seconds(turn: Callable[[Any], Any], state: Any) -> float:
 
     for _ in range(2):
         seconds(2)
-    return statistics.median(seconds(12) - seconds(4) for _ in range(_ROUNDS)) / 8
+    return statistics.median(seconds(4) - seconds(2) for _ in range(_ROUNDS)) / 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
     """A loop of calls of one case in one program, compiled: `count` calls, each on inputs of its own, again and again.
 
-    `run(kept, given, turns)` takes as many sets of inputs; what is `given` is donated and comes back.
+    `run(kept, given, turns)` takes as many sets of inputs; what is `given` is donated and comes back. A turn calls each
+    `each` times.
     """
 
     case: Case
     count: int
+    each: int
     run: Callable[..., Any]
     prepare: Callable[..., Any] | None = None  # makes what a call takes of a set of inputs; is not timed
 
@@ -126,12 +131,15 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
     """Compile a loop of as many calls `run(**inputs)` of a case as fill the L2 cache several times over.
 
     With `prepare` a call is `run(*prepare(**inputs))`, of which `run` alone is in the loop.
-    What a turn takes is tied to what the turn before gave, so that it can't be computed once for all of them.
+    What a turn takes is tied to what the turn before gave, so that it can't be computed once for all of them. To ask on
+    the device whether a loop goes on takes 7 us, so that most turns are in loops of a known number.
     """
     case = case.narrowed()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(case.shapes))
     size = max(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)), 1)
     count = int(min(max(_CACHED / size, _CALLS[0]), _CALLS[1])) if size < _LARGE else 2
+    took = max(case.bytes / _FASTEST[0], case.flops / _FASTEST[1], 1e-6) * count
+    each = int(min(max(_UNASKED / took, 1), 32))
     call = (lambda kept, given: run(**kept, **given)) if prepare is None else (lambda kept, given: run(*kept))
     names = [name for name in case.donated if name in case.shapes]  # in the order of what a call gives back
     one = jax.jit(call)  # traced and lowered once for all calls
@@ -147,7 +155,10 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
             firsts = [jax.tree.leaves(x)[0].ravel()[0] for x in found]
             return given, sum(x.astype(jnp.float32) for x in firsts)
 
-        return jax.lax.fori_loop(0, turns, turn, (given, jnp.float32(0)))
+        def known(_: Any, carry: Any) -> Any:
+            return jax.lax.fori_loop(0, each, turn, carry)
+
+        return jax.lax.fori_loop(0, turns, known, (given, jnp.float32(0)))
 
     kept, given = _split([shapes] * count, case)
     if prepare is not None:
@@ -155,7 +166,7 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
         kept = [jax.eval_shape(prepare, **inputs) for inputs in kept]
     with LOWERING:
         lowered = loop.lower(kept, given, jax.ShapeDtypeStruct((), jnp.int32))
-    return Calls(case, count, lowered.compile(), prepare)
+    return Calls(case, count, each, lowered.compile(), prepare)
 
 
 def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None = None) -> dict[str, Any]:
@@ -178,7 +189,8 @@ def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None
         seconds(1)
     turns = int(min(max(_SECONDS / max(seconds(3) / 3, 1e-6), 2), 2000))
     # Of the times of `turns` and of twice as many, the difference is free of what a dispatch costs.
-    each = statistics.median(seconds(2 * turns) - seconds(turns) for _ in range(_ROUNDS)) / turns / count
+    each = statistics.median(seconds(2 * turns) - seconds(turns) for _ in range(_ROUNDS))
+    each /= turns * calls.each * count
     moved = case.bytes if bytes_moved is None else bytes_moved
     return {
         "us": 1e6 * each,

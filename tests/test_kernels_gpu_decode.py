@@ -1,5 +1,7 @@
 """The GPU's decode attention with no GPU: interpreted beside its reference, and lowered as it stands."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,22 +112,22 @@ def _wider(shapes, H):
 def test_splits_fill_the_processors():
     from pallas_kernels.decode_attention.gpu_rows import blocks_for
 
-    for groups, splits in ((8, 33), (128, 2), (512, 1)):
-        assert blocks_for(groups, 8192, 128, 8, jnp.bfloat16, None, {})["splits"] == splits
-    assert blocks_for(8, 100, 128, 8, jnp.bfloat16, None, {"stages": 2}) == {
-        "slots": 64, "stages": 2, "splits": 1, "overlap": 1, "cluster": 0,
-    }  # fmt: skip
+    chosen = functools.partial(blocks_for, width=128, columns=8, stored=jnp.bfloat16, scales=None)
+    for groups, splits in ((32, 8), (128, 2), (512, 1)):
+        assert chosen(groups, 8192, given={})["splits"] == splits
+    assert chosen(8, 100, given={"stages": 2}) == {"slots": 64, "stages": 2, "splits": 1, "overlap": 1, "cluster": 0}
 
 
-def test_splits_that_are_a_cluster():
+def test_splits_of_a_few_groups_are_a_cluster():
     from pallas_kernels.decode_attention.gpu_rows import blocks_for
 
-    def chosen(groups, **given):
-        found = blocks_for(groups, 8192, 128, 8, jnp.bfloat16, None, given)
-        return found["splits"], found["cluster"]
+    def chosen(groups, width=128, capacity=8192, **given):
+        found = blocks_for(groups, capacity, width, 8, jnp.bfloat16, None, given)
+        return found["splits"], found["cluster"], found["slots"]
 
-    assert chosen(128) == (2, 1) and chosen(8) == (33, 0) and chosen(512) == (1, 0)
-    assert chosen(128, cluster=0) == (2, 0) and chosen(8, cluster=1) == (16, 1) and chosen(20, cluster=1) == (8, 1)
-    assert chosen(8, splits=3) == (3, 0) and chosen(8, splits=4) == (4, 1)
+    assert chosen(8) == chosen(16) == (8, 1, 128) and chosen(17) == (15, 0, 64) and chosen(8, 256) == (16, 0, 64)
+    assert chosen(8, capacity=1000) == (4, 1, 128) and chosen(8, capacity=200) == (1, 1, 128)
+    assert chosen(128, cluster=1) == (2, 1, 64) and chosen(8, slots=64, cluster=1) == (8, 1, 64)
+    assert chosen(8, splits=16, cluster=1) == (16, 1, 64) and chosen(8, splits=3) == (3, 0, 64)
     with pytest.raises(ValueError, match="a cluster of 32 splits"):
         chosen(8, splits=32, cluster=1)

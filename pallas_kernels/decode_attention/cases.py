@@ -222,18 +222,18 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
         found += [{"slots": 128, "stages": 4}, {"slots": 128, "stages": 6}, {"slots": 256, "stages": 2}]
     rows = case.shapes["q"].shape[0]
     if rows == 1:  # fewer parts to be merged
-        found += [{"splits": 16}, {"splits": 16, "stages": 6}]
+        found += [{"splits": 16}, {"slots": 64}]
     return found + _clusters_of(rows, "k_scale" in case.shapes)
 
 
 def _clusters_of(rows: int, quantized: bool) -> list[dict[str, int]]:
-    """Return blocks whose splits are a cluster, one resident on a processor or two; of many rows whether they are."""
+    """Return blocks whose splits are a cluster, one resident on a processor or two."""
     if rows > 4:
-        return [{"cluster": 0}, {"cluster": 1}]
-    sizes = ((128, 3), (128, 6), (256, 2), (256, 3)) if quantized else ((64, 3), (64, 6), (128, 2), (128, 3))
+        return [{"cluster": 1}]
+    sizes = ((128, 3), (256, 2), (256, 3)) if quantized else ((64, 2), (64, 3), (64, 4), (128, 2), (192, 2))
     return [
         {"splits": splits, "cluster": 1, "slots": slots, "stages": stages}
-        for splits in ((8, 16) if rows == 1 else (4, 8))
+        for splits in ((8,) if rows == 1 else (4, 8))
         for slots, stages in sizes
     ]
 

@@ -1,5 +1,6 @@
 """The call of decode attention on Hopper, whatever holds the cache: queries are packed, splits merged."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels.decode_attention.gpu_plan import Plan, by_warps, scratch, sw
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
-CLUSTERED = 8  # splits at most that are a cluster where nothing is said of it: 0 for none, 16 for all that can be
+CLUSTERED = 8  # blocks of a cluster at most where nothing is said of it: of 16 too few are placed at once
 
 
 def attend_rows(
@@ -128,32 +129,41 @@ def blocks_for(
     """Return the blocks: those given, by default two resident on a processor or one, and splits that fill all once.
 
     `grid` is the number of blocks of the grid that a split takes; of those whose warps attend each for itself, `warps`,
-    two or three are resident. A cluster that is asked for has fewer splits where there is none of so many blocks.
+    two or three are resident. Of a few, the splits are a cluster each, which half of the processors are enough for.
 
     Raises:
         ValueError: a cluster of as many splits as are given is not to be had.
     """
     gpu = gpus.current()
+    memory = functools.partial(_memory, width, columns, stored, scales, warps)
+    if grid * CLUSTERED <= gpu.processors and not given.keys() - {"overlap"}:
+        wide = {"slots": 256 if warps else 128, "stages": 2, "cluster": 1}
+        fixed, stage = memory(wide["slots"])
+        given = given | (wide if fixed + wide["stages"] * stage <= gpu.shared else {})
     slots = given.get("slots", 128 if warps else 64)
-    stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
-    sent = columns * 8 * max(gpu_cluster.SIZES)
-    fixed = columns * (width * 6 + slots * 2) + (slots * width * 2 if scales is not None else 0) + RESERVED + sent
+    fixed, stage = memory(slots)
     wanted, most = 2, 4
     if warps and slots % 128 == 0:
-        fixed = RESERVED // 3 + columns * width * 4 + sent
         wanted = most = 3 if stored == jnp.int8 and width <= 128 else 2  # as registers allow
     shared = (gpu.shared // wanted - fixed) // stage
     stages = given.get("stages", min(4, shared if shared >= 2 else (gpu.shared - fixed) // stage))
     resident = max(1, min(most, gpu.shared // (fixed + stages * stage)))
     splits = max(1, min(gpu.processors * resident // grid, -(-capacity // (2 * slots)), MOST_SPLITS))
     if given.get("cluster"):
-        splits = max(size for size in (1, *gpu_cluster.SIZES) if size <= splits)
-    splits = given.get("splits", splits)
-    cluster = given.get("cluster", int(splits in gpu_cluster.SIZES and splits <= CLUSTERED))
-    if cluster and splits not in (1, *gpu_cluster.SIZES):
-        raise ValueError(f"blocks={given}: a cluster of {splits} splits, must be 1, 2, 4, 8 or 16")
-    found = {"slots": slots, "stages": stages, "splits": splits, "overlap": 1, "cluster": cluster}
-    return found | given
+        splits = max(size for size in (1, *gpu_cluster.SIZES) if size <= min(splits, CLUSTERED))
+        if given.get("splits", 1) not in (1, *gpu_cluster.SIZES):
+            raise ValueError(f"blocks={given}: a cluster of {given['splits']} splits, must be 1, 2, 4, 8 or 16")
+    return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1, "cluster": 0} | given
+
+
+def _memory(width: int, columns: int, stored: Any, scales: Any, warps: bool, slots: int) -> tuple[int, int]:
+    """Return the bytes of shared memory of a block but for its stages, at most, and those of a stage."""
+    sent = columns * 8 * max(gpu_cluster.SIZES)
+    stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
+    if warps and slots % 128 == 0:
+        return RESERVED // 3 + columns * width * 4 + sent, stage
+    widened = slots * width * 2 if scales is not None else 0
+    return columns * (width * 6 + slots * 2) + widened + RESERVED + sent, stage
 
 
 def _call(name: str, plan: Plan, source: Any, inputs: dict[str, Array], interpret: Any) -> dict[str, Array]:
