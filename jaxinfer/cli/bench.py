@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> None:
     programs = {BASELINE: program}
     for name, specs in variants.items():
         programs[name] = passes.apply(program, *specs)
-    found = bench.limits(str(program.model.embed.table.dtype))
-    about = _about(args, found)
+    dtype = str(program.model.embed.table.dtype)
+    found = bench.limits(dtype)
+    about = _about(args, dtype, found)
     rows: list[dict[str, Any]] = []
     total = len(programs) * len(workloads)
     for name, work, result in bench.bench(programs, workloads, found):
@@ -116,7 +117,7 @@ def _program(args: argparse.Namespace, tokens: int):
     return options.random_weights(args, tokens)
 
 
-def _about(args: argparse.Namespace, limits: Any) -> dict[str, Any]:
+def _about(args: argparse.Namespace, dtype: str, limits: Any) -> dict[str, Any]:
     """Return what every line of a run shares."""
     import jax
     import jaxlib
@@ -124,5 +125,5 @@ def _about(args: argparse.Namespace, limits: Any) -> dict[str, Any]:
     from jaxinfer.eval.roofline import device_name
 
     versions = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    what = {"model": args.model or "smollm2-135m", "random_weights": args.random_weights, "dtype": args.dtype}
+    what = {"model": args.model or "smollm2-135m", "random_weights": args.random_weights, "dtype": dtype}
     return {**what, "device": device_name(), "versions": versions, "limits": dataclasses.asdict(limits)}

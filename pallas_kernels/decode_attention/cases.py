@@ -216,13 +216,13 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
     """Return blocks to try on a GPU: with one to four resident on a processor; splits fill all processors as before."""
-    found = [{"slots": 64, "stages": stages} for stages in (2, 3, 4, 6)] + [{"overlap": 0}]
+    found = [{"slots": 64, "stages": stages} for stages in (2, 3, 4)] + [{"overlap": 0}]
     found += [{"slots": 128, "stages": stages} for stages in (2, 3)]
     if "k_scale" in case.shapes:  # 64 slots are widened first, more are multiplied as they are
-        found += [{"slots": 128, "stages": 4}, {"slots": 128, "stages": 6}, {"slots": 256, "stages": 2}]
+        found = [{"slots": 128, "stages": stages} for stages in (2, 3, 4)] + [{"slots": 256, "stages": 2}]
     rows = case.shapes["q"].shape[0]
     if rows == 1:  # fewer parts to be merged
-        found += [{"splits": 16}, {"slots": 64}]
+        found += [{"splits": 16}]
     return found + _clusters_of(rows, "k_scale" in case.shapes)
 
 

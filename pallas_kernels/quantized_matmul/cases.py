@@ -138,6 +138,7 @@ GPU_SIZES = [
     *((form, M, I, O) for form in FORMS for I, O in ((4096, 14336), (14336, 4096)) for M in (1, 8, 16)),
     # The others of Llama-3-8B: q, k and v in one, a layer's output, the two ups in one, and the vocabulary.
     *((form, 1, 4096, O) for form in ("w8a16", "w4a16") for O in (4096, 6144, 28672, 128256)),
+    *((form, 16, 4096, O) for form in ("w8a16", "w4a16") for O in (4096, 6144, 28672)),
 ]
 GPU_TIMED = [
     case(f"{form}_m{M}_i{I}_o{O}", M, I, O, FORMS[form][0], FORMS[form][1], **FORMS[form][2])
@@ -162,8 +163,8 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
     M, (O, held) = case.shapes["x"].shape[0], case.shapes["values"].shape
     found: list[dict[str, int]] = []
     for outputs, lines, deep, stages, blocks in (
-        (64, 2, 4, 3, 4), (64, 2, 4, 4, 3), (64, 2, 4, 6, 2), (128, 1, 2, 3, 4), (128, 1, 2, 4, 3), (128, 1, 2, 6, 2),
-        (64, 1, 2, 6, 4), (128, 2, 2, 3, 2), (32, 2, 4, 6, 4), (32, 4, 4, 3, 4), (16, 4, 4, 6, 2),
+        (64, 2, 4, 4, 3), (128, 1, 2, 3, 4), (128, 1, 2, 4, 3), (64, 1, 2, 6, 4), (32, 2, 4, 6, 4), (32, 4, 4, 3, 4),
+        (16, 4, 4, 6, 2),
     ):  # fmt: skip
         steps = -(-held // (lines * 128))
         each = -(-steps // max(1, min(8, steps, blocks * 132 // -(-O // outputs))))
@@ -171,11 +172,11 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
         blocks = {"outputs": outputs, "lines": lines, "deep": deep, "stages": stages, "splits": -(-steps // each)}
         if blocks not in found:
             found.append(blocks)
-    found += [{**blocks, "cluster": 1} for blocks in found[:1] if blocks["splits"] > 1]
+    found += [{**blocks, "cluster": 1} for blocks in found[1:2] if blocks["splits"] > 1]
     # One block a processor, and no splits to add up: the same number of outputs for almost all of them.
     outputs = -(-O // (132 * 16)) * 16
     if outputs // 16 * -(-M // 8) <= 16:  # as registers allow
-        ways = ((2, 3), (2, 4)) if outputs <= 128 else ((1, 3), (2, 2))
+        ways = ((1, 4), (2, 2), (2, 3)) if outputs <= 128 else ((1, 3), (1, 4), (2, 2))
         found += [{"outputs": outputs, "lines": lines, "deep": 4, "stages": n, "splits": 1} for lines, n in ways]
     return found
 
