@@ -15,7 +15,7 @@ from pallas_kernels.kernels import kernel
 from pallas_kernels.quantized_matmul import gpu, gpu_codes, gpu_registers, gpu_sums, gpu_tile, reference
 from pallas_kernels.quantized_matmul.cases import gpu_candidates
 from pallas_kernels.quantized_matmul.gpu import prepared
-from pallas_kernels.quantized_matmul.gpu_plan import plan_for, resident
+from pallas_kernels.quantized_matmul.gpu_plan import even_outputs, plan_for, resident
 from pallas_kernels.tolerance import BOUNDS, relative_error
 
 FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -301,6 +301,25 @@ def test_blocks_fit(case, monkeypatch):
     assert plan.splits == 1 or blocks <= fit * h100.processors
     for candidate in gpu_candidates(case):
         plan_for(x, values, scale, *options, candidate, h100)
+
+
+def test_outputs_are_divided_evenly():
+    h100 = gpus.GPUS["h100"]
+    blocks = {O: -(-O // even_outputs(O, h100)) for O in (4096, 6144, 14336, 28672)}
+    assert blocks == {4096: 128, 6144: 128, 14336: 128, 28672: 256} and even_outputs(100, h100) == 16
+
+
+def test_blocks_of_the_table_that_do_not_fit_are_not_taken():
+    """Such as those for scales of groups of 128, of which a step has whole 128 bytes, with larger groups."""
+    h100, plans = gpus.GPUS["h100"], {}
+    for group in (128, 256):
+        x, values = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((14336, 2048), jnp.int8)
+        shapes = x, values, jax.ShapeDtypeStruct((4096 // group, 14336), jnp.bfloat16)
+        plans[group] = plan_for(*shapes, "int4", False, None, None, h100)
+    assert plans[128].tile.outputs == 112 and plans[256].tile.outputs == 128
+    blocks = {"outputs": 112, "lines": 2, "deep": 4, "splits": 1}
+    with pytest.raises(ValueError, match="448 bytes of scales a step, must be whole 128"):
+        plan_for(*shapes, "int4", False, None, blocks, h100)
 
 
 def test_refused():

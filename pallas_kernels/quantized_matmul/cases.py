@@ -173,12 +173,7 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
         if blocks not in found:
             found.append(blocks)
     found += [{**blocks, "cluster": 1} for blocks in found[1:2] if blocks["splits"] > 1]
-    # One block a processor, and no splits to add up: the same number of outputs for almost all of them.
-    outputs = -(-O // (132 * 16)) * 16
-    if outputs // 16 * -(-M // 8) <= 16:  # as registers allow
-        ways = ((1, 4), (2, 2), (2, 3)) if outputs <= 128 else ((1, 3), (1, 4), (2, 2))
-        found += [{"outputs": outputs, "lines": lines, "deep": 4, "stages": n, "splits": 1} for lines, n in ways]
-    return found
+    return [*found, *({"outputs": 0, "lines": 2, "deep": 4, "stages": stages, "splits": 1} for stages in (2, 3))]
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):

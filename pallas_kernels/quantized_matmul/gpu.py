@@ -33,9 +33,10 @@ def quantized_matmul(
 ) -> Float[Array, "M O"]:
     """Return what the contract of this folder says, of 64 rows at most; x is bfloat16 or float16.
 
-    `blocks`: outputs a block, lines of 128 bytes of each a step (1, 2 or 4), `deep`: the warps of the four that share
-    outputs (1, 2 or 4), stages of the ring, and splits of the inputs over blocks, whose sums XLA adds up, or they do as
-    a cluster of up to 8 (`cluster` 1); by default what fills the GPU.
+    `blocks`: outputs a block (0: as many as divide them evenly over the processors), lines of 128 bytes of each a step
+    (1, 2 or 4), `deep`: the warps of the four that share outputs (1, 2 or 4), stages of the ring, and splits of the
+    inputs over blocks, whose sums XLA adds up, or they do as a cluster of up to 8 (`cluster` 1); by default what fills
+    the GPU.
 
     Raises:
         NotImplementedError: a qtype, dtype, number of rows, or groups, that the kernel does not know.

@@ -1,6 +1,8 @@
 """How the GPU's quantized product is cut into blocks and steps, and what it refuses."""
 
+import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ MOST_SPLITS = 8
 BARRIERS = 1024  # bytes of shared memory
 KEPT_BACK = 1024  # bytes of shared memory of each block that it cannot have
 ALIGNED = 1024  # bytes: where a swizzle begins
+COPIED = 128  # bytes: where a copy to shared memory may begin
+MOST_OUTPUTS = 128  # of a block, as registers allow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +56,27 @@ def plan_for(
         NotImplementedError: groups that fit no step.
         ValueError: blocks of which warps have no whole part, or that need more shared memory than there is.
     """
+    cut = functools.partial(_cut, x, values, scale, qtype, offset, activations, gpu)
+    usual = default_blocks(x.shape[0], *values.shape, gpu) | {"cluster": 0}
+    if blocks:
+        return cut(usual | blocks, "stages" in blocks)
+    shape = block_class(x, values, scale, qtype=qtype, activations=activations)
+    tuned = tuning.gpu_blocks("quantized_matmul", gpu.name, shape)
+    with contextlib.suppress(NotImplementedError, ValueError):  # measured for a near shape, they may not fit this one
+        return cut(usual | ({"resident": 1} | tuned if tuned else {}), False)
+    return cut(usual, False)
+
+
+def _cut(
+    x: Any, values: Any, scale: Any, qtype: str, offset: bool, activations: str | None, gpu: gpus.Gpu,
+    chosen: dict[str, int], as_given: bool,
+) -> Plan:  # fmt: skip
+    """Return how a product is cut into the blocks that are chosen, `as_given` or with as many stages as fit."""
     M, I = x.shape
     O, held = values.shape
     planes = 2 if qtype in FOUR_BIT else 1
-    shape = block_class(x, values, scale, qtype=qtype, activations=activations)
-    tuned = tuning.gpu_blocks("quantized_matmul", gpu.name, shape)
-    tuned = {"resident": 1} | tuned if tuned else {}  # it is known how many blocks do best: they only have to fit
-    chosen = default_blocks(M, O, held, gpu) | {"cluster": 0} | tuned | (blocks or {})
     lines, deep = chosen["lines"], chosen["deep"]
+    chosen["outputs"] = chosen["outputs"] or even_outputs(O, gpu)
     if lines not in (1, 2, 4) or deep not in (1, 2, 4) or chosen["outputs"] * deep % 64:
         raise ValueError(f"blocks={chosen}: lines and deep must be 1, 2 or 4, and outputs * deep a multiple of 64")
     G = scale.shape[0]
@@ -72,6 +89,9 @@ def plan_for(
         qtype, LETTERS[x.dtype.name], chosen["outputs"], _rows(M, lines * LINE * planes), lines, deep,
         segment=segment, group=group, whole=G == 1, offset=offset, rounded=activations == "int8",
     )  # fmt: skip
+    kept = tile.groups * tile.outputs * scale.dtype.itemsize
+    if not tile.whole and kept % COPIED:
+        raise ValueError(f"blocks={chosen}: {kept} bytes of scales a step, must be whole {COPIED}")
     steps = pl.cdiv(held, lines * LINE)
     each = pl.cdiv(steps, min(chosen["splits"], steps))
     splits = pl.cdiv(steps, each)
@@ -79,7 +99,7 @@ def plan_for(
     left = 4 * gpu_sums.left_by(tile, splits if cluster else 1)
     least = pl.cdiv(left, lines * LINE * tile.outputs)
     plan = Plan(tile, max(min(chosen["stages"], each), least), steps, each, splits, cluster)
-    while "stages" not in (blocks or {}) and plan.stages > max(2, least) and resident(plan, gpu) < chosen["resident"]:
+    while not as_given and plan.stages > max(2, least) and resident(plan, gpu) < chosen["resident"]:
         plan = dataclasses.replace(plan, stages=plan.stages - 1)
     if (need := shared_bytes(plan)) > gpu.shared:
         raise ValueError(f"blocks={chosen}: need {need} bytes of shared memory, {gpu.name} has {gpu.shared} a block")
@@ -117,6 +137,12 @@ def default_blocks(M: int, O: int, held: int, gpu: gpus.Gpu) -> dict[str, int]:
     room = resident * gpu.processors // pl.cdiv(O, outputs)
     splits = max(1, min(room, MOST_SPLITS, pl.cdiv(held, lines * LINE)))
     return {"outputs": outputs, "lines": lines, "deep": deep, "stages": 6, "splits": splits, "resident": resident}
+
+
+def even_outputs(O: int, gpu: gpus.Gpu) -> int:
+    """Return the outputs of a block with which every processor has as many blocks, with no splits to add up."""
+    rounds = pl.cdiv(O, MOST_OUTPUTS * gpu.processors)
+    return calls.round_up(pl.cdiv(O, rounds * gpu.processors), 16)
 
 
 def shared_bytes(plan: Plan) -> int:
