@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import gpu_measure, gpus
 from pallas_kernels.case import Case, Kernel
@@ -22,6 +23,10 @@ _WORTH = 0.97  # of the time with a kernel's own blocks: what others must be fas
 
 class NoGpu(RuntimeError):
     """There is no GPU to run on."""
+
+
+class Faulted(RuntimeError):
+    """A kernel did what no program goes on after, such as to read what there is not."""
 
 
 def device() -> dict[str, Any]:
@@ -94,7 +99,11 @@ def _peer(kernel: Kernel, case: Case, name: str, peer: Callable[..., Any]) -> Ti
 
 
 def times(jobs: Sequence[Timed], limits: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Yield the line of each job: its time, or why there is none. All are compiled first, several at once."""
+    """Yield the line of each job: its time, or why there is none. All are compiled first, several at once.
+
+    Raises:
+        Faulted: one broke the device, of which this process gets nothing more; its line was yielded.
+    """
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         compiled = list(pool.map(_compiled, jobs))
     for job, calls in zip(jobs, compiled, strict=True):
@@ -107,6 +116,18 @@ def times(jobs: Sequence[Timed], limits: dict[str, float]) -> Iterator[dict[str,
             yield line | gpu_measure.measure(calls, limits, None if more is None else more(job.case))
         except Exception as error:  # a peer that can't do it, or a kernel that fails: the line says so
             yield line | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            if not _lives():
+                raise Faulted(
+                    f"{job.kernel.name}, {job.case.name}, {job.blocks}: the device faulted: {error}"
+                ) from error
+
+
+def _lives() -> bool:
+    """Return whether the device still runs anything."""
+    try:
+        return bool(jnp.zeros(()) + 1)
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 def _compiled(job: Timed) -> Any:
@@ -174,7 +195,11 @@ def main(args: Any) -> int:
     if not args.check:
         limits = gpu_measure.ceilings()
         tell({"ceilings": limits})
-        for line in times(timed(names, cases, not args.no_peers, args.tune), limits):
-            tell(line)
+        try:
+            for line in times(timed(names, cases, not args.no_peers, args.tune), limits):
+                tell(line)
+        except Faulted as error:
+            print(f"error: {' '.join(str(error).split())[:300]}; the cases after it were not run", file=sys.stderr)
+            wrong += 1
         print(table(lines))
     return min(wrong, 1)

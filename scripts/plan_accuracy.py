@@ -2,10 +2,11 @@
 
     python scripts/plan_accuracy.py [--out accuracy.jsonl]
 
-Published figures whose set-up is stated, with their source, and decode steps that we measured on an H100
-(`benchmarks/results/step_h100.jsonl`). A ratio below 1 says that the plan is optimistic. The planner's share of HBM
-bandwidth (0.86) is that of one product of tokamax's on a v5e, its shares of attention on H100 and TPU7x are from the
-rows of cuDNN and splash: these two are no test. Nor is the H100's bfloat16 step, which says what a launch takes.
+Published figures whose set-up is stated, with their source, and steps and prompts that we measured on an H100
+(`benchmarks/results/step_h100.jsonl` and `bench_h100.jsonl`). A ratio below 1 says that the plan is optimistic. The
+planner's share of HBM bandwidth (0.86) is that of one product of tokamax's on a v5e, its shares of attention on H100
+and TPU7x are from the rows of cuDNN and splash: these two are no test. Nor is the H100's first bfloat16 step, which
+says what a launch takes.
 Throughputs of servers hold prompts too, and a plan's decode steps none.
 """
 
@@ -15,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,7 +33,10 @@ JETSTREAM = (
 )
 BOOK = "How to Scale Your Model, part 8: computed there, not measured; without network and repeated key heads"
 STEPS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "step_h100.jsonl"
-OURS = "benchmarks/results/step_h100.jsonl, measured by scripts/profile_gpu_step.py's loop"
+OURS = "benchmarks/results/step_h100.jsonl, by scripts/profile_gpu_step.py"
+BENCHES = STEPS.with_name("bench_h100.jsonl")
+BENCH = "benchmarks/results/bench_h100.jsonl, by jaxinfer bench"
+TRAINED = 8192  # tokens: of Llama-3-8B
 RPA = "arXiv 2604.15464: Llama-3-8B on TPU7x"
 
 
@@ -114,18 +119,44 @@ def book() -> list[Claim]:
 
 
 def steps() -> Iterator[Claim]:
-    """Yield decode steps that we measured on an H100, in milliseconds."""
+    """Yield decode steps that we measured on an H100, in milliseconds: of a loop alone, and after prompts."""
     for line in map(json.loads, STEPS.read_text().splitlines()):
-        if "," in line["variant"]:  # another implementation than the plan's
-            continue
-        passes = () if line["variant"] == "baseline" else (line["variant"],)
+        yield _step(line, line["variant"].split("+"), 64, OURS)
+    for line in benches():
+        yield _step(line, line["variant"].split(), line["new_tokens"] // 2, BENCH)
+
+
+def _step(line: dict[str, Any], passes: list[str], more: int, source: str) -> Claim:
+    """Return a decode step with `more` tokens than the prompt's in the cache, as many as the model was trained for."""
+    asked = Request(
+        model=line["model"], topology="h100:1", passes=tuple(p for p in passes if p != "baseline"), batch=line["batch"],
+        context=min(line["context"] + more, TRAINED), phases=("decode",),
+    )  # fmt: skip
+    times = plan(asked, compiling=False).phases["decode"].times
+    return Claim(f"{_what(line)}: a step", "ms", line["step_ms"], 1e3 * times.step, source)
+
+
+def prompts() -> Iterator[Claim]:
+    """Yield prompts that we measured on an H100, in milliseconds a row."""
+    for line in benches():
         asked = Request(
-            model=line["model"], topology="h100:1", passes=passes, batch=line["batch"],
-            context=line["context"] + 64, phases=("decode",),
+            model=line["model"], topology="h100:1", passes=tuple(p for p in line["variant"].split() if p != "baseline"),
+            context=line["context"], phases=("prefill",),
         )  # fmt: skip
-        times = plan(asked, compiling=False).phases["decode"].times
-        what = f"{line['model']} {line['variant'].replace('baseline', 'bf16')} on an H100, batch {line['batch']}"
-        yield Claim(f"{what}, {line['context']} tokens", "ms", line["step_ms"], 1e3 * times.step, OURS)
+        took = 1e3 * line["context"] / line["prefill_tokens_per_second"]
+        yield Claim(f"{_what(line)}: a prompt", "ms", took, 1e3 * plan(asked, compiling=False).prefill.step, BENCH)
+
+
+def benches() -> Iterator[dict[str, Any]]:
+    """Yield our lines of `jaxinfer bench` on an H100, of contexts that the model was trained for."""
+    for line in map(json.loads, BENCHES.read_text().splitlines()):
+        if "step_ms" in line and "transformers" not in line["variant"] and line["context"] <= TRAINED:
+            yield line
+
+
+def _what(line: dict[str, Any]) -> str:
+    variant = line["variant"].replace("baseline", "bf16")
+    return f"{line['model']} {variant} on an H100, {line['batch']} x {line['context']}"
 
 
 def shares() -> list[Claim]:
@@ -141,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="also write a JSON line a claim")
     args = parser.parse_args(argv)
-    claims = [*products(), *attentions(), *servers(), *steps(), *book(), *shares()]
+    claims = [*products(), *attentions(), *servers(), *steps(), *prompts(), *book(), *shares()]
     print("| what | measured | planned | planned / measured time | source |\n|---|---:|---:|---:|---|")
     for c in claims:
         print(f"| {c.what} | {c.published:.4g} {c.unit} | {c.planned:.4g} {c.unit} | {c.ratio:.2f} | {c.source} |")

@@ -215,7 +215,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert found.launches == {"fusion": 1, "custom-call": 1} and found.kernels == {"rms_norm": 1}
     asked = dataclasses.replace(ASKED, model="llama3-8b", topology="h100:1", mesh="model=1", phases=("decode",))
     one, more = (plan(dataclasses.replace(asked, batch=batch), compiling=False).phases["decode"] for batch in (1, 2))
-    assert one.times.launches == one.launches * 1.8e-6 == more.times.launches
+    assert one.times.launches == one.launches * 1.7e-6 == more.times.launches
     parts = one.times.memory + one.times.products + one.times.network
     assert one.times.step == pytest.approx(parts + one.times.launches)
     on_tpu = plan(dataclasses.replace(asked, topology="v5e:1x1"), compiling=False).phases["decode"]

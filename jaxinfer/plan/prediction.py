@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxinfer.plan.counts import Work
-from jaxinfer.plan.hardware import ATTAINED_BANDWIDTH, ATTAINED_FLOPS, Hardware
+from jaxinfer.plan.hardware import ATTAINED_BANDWIDTH, Hardware
 from jaxinfer.plan.hlo import Collective
 from jaxinfer.plan.network import collective_seconds
 
@@ -39,7 +39,8 @@ class Times:
 def predict(work: Work, network: float | int, hardware: Hardware) -> Times:
     """Return the times of a step: `max(bytes / bandwidth, FLOPs / peak)` of the linear maps, the same of attention.
 
-    Both rates are what programs get (`ATTAINED_*`, `Hardware.attention`), and the roofline what the vendor says.
+    Both rates are what programs get (`ATTAINED_BANDWIDTH`, `Hardware.products`, `Hardware.attention`), and the roofline
+    what the vendor says.
     Collectives are taken to wait: XLA overlaps few of a step's.
     """
     linear = (
@@ -48,7 +49,7 @@ def predict(work: Work, network: float | int, hardware: Hardware) -> Times:
     )
     attention = (work.cache_bytes, work.attention_flops / hardware.flops)
     memory = products = roofline = 0.0
-    for (size, seconds), share in ((linear, ATTAINED_FLOPS), (attention, hardware.attention)):
+    for (size, seconds), share in ((linear, hardware.products), (attention, hardware.attention)):
         roofline += max(size / hardware.bandwidth, seconds)
         read, compute = size / (hardware.bandwidth * ATTAINED_BANDWIDTH), seconds / share
         if read >= compute:
