@@ -117,9 +117,8 @@ def times(jobs: Sequence[Timed], limits: dict[str, float]) -> Iterator[dict[str,
         except Exception as error:  # a peer that can't do it, or a kernel that fails: the line says so
             yield line | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             if not _lives():
-                raise Faulted(
-                    f"{job.kernel.name}, {job.case.name}, {job.blocks}: the device faulted: {error}"
-                ) from error
+                what = f"{job.kernel.name}, {job.case.name}, {job.blocks}"
+                raise Faulted(f"{what}: the device faulted: {error}") from error
 
 
 def _lives() -> bool:
