@@ -12,6 +12,7 @@ from models import tiny_config, tiny_moe
 
 from jaxinfer.errors import InputError
 from jaxinfer.models.transformer import abstract
+from jaxinfer.passes.layout.fused import FusedGateUp, FusedQKV
 from jaxinfer.plan import hlo, sweep
 from jaxinfer.plan.alternatives import alternatives
 from jaxinfer.plan.building import Built, abstract_mesh, build, cuts
@@ -21,11 +22,12 @@ from jaxinfer.plan.estimates import estimated_collectives
 from jaxinfer.plan.hardware import HARDWARE, HOP
 from jaxinfer.plan.network import collective_seconds
 from jaxinfer.plan.planning import plan
-from jaxinfer.plan.request import Request
+from jaxinfer.plan.request import Request, check
 from jaxinfer.plan.shapes import SHAPES, find_shape
 from jaxinfer.plan.speculation import Speculation, check_step, parse_decoder
 from jaxinfer.plan.topology import parse_topology
 from jaxinfer.sharding.specs import shard_bytes
+from jaxinfer.tree import select
 
 V5E = HARDWARE["v5e"]
 ASKED = Request(model="llama3-8b", topology="v5e:4x4", mesh="data=4,model=4", batch=8, context=1024)
@@ -220,6 +222,14 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert one.times.step == pytest.approx(parts + one.times.launches)
     on_tpu = plan(dataclasses.replace(asked, topology="v5e:1x1"), compiling=False).phases["decode"]
     assert on_tpu.times.launches == 0 < on_tpu.launches
+
+
+def test_one_devices_plan_is_of_the_layout_that_one_device_loads():
+    asked = dataclasses.replace(ASKED, passes=("int8",))
+    alone = check(dataclasses.replace(asked, topology="h100:1", mesh="model=1")).built.model
+    mesh = dataclasses.replace(asked, topology="h100:2", mesh="model=2")
+    assert len(select(alone, FusedQKV)) == len(select(alone, FusedGateUp)) == 32
+    assert not select(check(mesh).built.model, (FusedQKV, FusedGateUp))
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_does(tmp_path):

@@ -18,6 +18,7 @@ from jaxinfer.errors import InputError, nearest
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.transformer import abstract
 from jaxinfer.ops.placement import Rules
+from jaxinfer.passes.layout import apply_layouts
 from jaxinfer.program import Program
 from jaxinfer.sharding.cache import empty_cache
 from jaxinfer.sharding.fitting import fit
@@ -88,7 +89,7 @@ def build(
     """
     if rules not in RULES:
         raise InputError(f"rules {rules!r}: {nearest(rules, RULES)}")
-    model = _without_mesh(config, dtype, json.dumps(list(specs)))
+    model = _without_mesh(config, dtype, json.dumps(list(specs)), fused=mesh.size == 1)
     if isinstance(mesh, Mesh):  # then it is the program that runs there, which divides kernels by itself
         model = put(model, mesh, RULES[rules])
         return Built(model, jax.tree.map(lambda leaf: leaf.sharding, model), mesh, RULES[rules])
@@ -99,9 +100,11 @@ def build(
 
 
 @functools.lru_cache(maxsize=4)  # passes over many layers take seconds, and a sweep asks for many meshes
-def _without_mesh(config: ModelConfig, dtype: str, specs: str) -> Any:
+def _without_mesh(config: ModelConfig, dtype: str, specs: str, fused: bool) -> Any:
+    """Return the model under passes; `fused` as it is loaded for one device, where nothing is divided by heads."""
     given = [spec if isinstance(spec, str) else tuple(spec) for spec in json.loads(specs)]
-    return passes.apply(Program(abstract(config, jnp.dtype(dtype))), *given).model
+    model, layouts = abstract(config, jnp.dtype(dtype)), ("fused",) if fused else ()
+    return passes.apply(Program(apply_layouts(model, layouts), layouts=layouts), *given).model
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

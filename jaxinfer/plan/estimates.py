@@ -22,7 +22,7 @@ from jaxinfer.sharding.specs import shard_bytes
 from jaxinfer.sharding.staged_cache import STAGE
 from jaxinfer.tree import select
 
-LAUNCHES = 16  # of a layer, about: its products, norms, attention and cache, and what XLA fuses between them
+LAUNCHES = 14  # of a layer, about: its products, norms, attention and cache, and what XLA fuses between them
 
 
 def estimated_launches(built: Built) -> int:
