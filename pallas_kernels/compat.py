@@ -97,11 +97,7 @@ def gpu_kernel(body: Any, *, name: str, interpret: Any = False, auto_barriers: b
 
     With `auto_barriers` its threads wait for each other at every copy.
     """
-    params = plgpu.CompilerParams(
-        approx_math=True,
-        lowering_semantics=plgpu.LoweringSemantics.Lane,
-        unsafe_no_auto_barriers=not auto_barriers,
-    )
+    params = _gpu_params(auto_barriers)
     return plgpu.kernel(body, kernel_name=name, compiler_params=params, interpret=interpret, **options)
 
 
@@ -112,10 +108,7 @@ def gpu_kernel_in_place(body: Any, *, name: str, out_type: Any, grid: tuple[int,
     in place where nobody else has them. Returns (output, changed). There are no barriers of its own.
     """
     mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, kernel_name=name)
-    params = plgpu.CompilerParams(
-        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-    )
-    run = pl.kernel(body, out_type=[out_type], mesh=mesh, compiler_params=params, name=name)
+    run = pl.kernel(body, out_type=[out_type], mesh=mesh, compiler_params=_gpu_params(False), name=name)
 
     def call(kept: list[jax.Array], changed: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         def on(refs: Any) -> None:
@@ -124,3 +117,11 @@ def gpu_kernel_in_place(body: Any, *, name: str, out_type: Any, grid: tuple[int,
         return pl.run_state(on)((jnp.zeros(out_type.shape, out_type.dtype), changed))
 
     return call
+
+
+def _gpu_params(auto_barriers: bool) -> Any:
+    return plgpu.CompilerParams(
+        approx_math=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        unsafe_no_auto_barriers=not auto_barriers,
+    )
