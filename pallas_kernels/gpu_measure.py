@@ -55,7 +55,7 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
         *found, changed = found
         *expected, _ = expected
         before = [np.asarray(given[name]) for name in case.donated] if case.rounded else [None] * len(kept)
-        same = [is_changed(*arrays) for arrays in zip(changed, map(np.asarray, kept), before, strict=True)]
+        same = [is_right(*arrays) for arrays in zip(changed, map(np.asarray, kept), before, strict=True)]
         line["ok"] = all(same)
         line["changed"] = same
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -66,7 +66,7 @@ def check(kernel: Kernel, case: Case, blocks: Mapping[str, int] | None = None) -
     return line
 
 
-def is_changed(found: np.ndarray, expected: np.ndarray, before: np.ndarray | None) -> bool:
+def is_right(found: np.ndarray, expected: np.ndarray, before: np.ndarray | None) -> bool:
     """Return whether an array is what it should be: the same, or near it where that is not what was there `before`."""
     differ = _bits(found) != _bits(expected)
     if before is None or not differ.any():
@@ -96,10 +96,18 @@ def ceilings() -> dict[str, float]:
     return {"copy_bandwidth": 2 * x.nbytes / copied, "flops": 2 * _SIDE**3 / multiplied}
 
 
+def _repeat(turns: Any, each: int, turn: Callable[[Any], Any], state: Any) -> Any:
+    """Return what `turn` makes of a state, `turns * each` times; every `each` the host is asked, which takes 7 us."""
+
+    def known(_: Any, state: Any) -> Any:
+        return jax.lax.fori_loop(0, each, lambda _, s: turn(s), state)
+
+    return jax.lax.fori_loop(0, turns, known, state)
+
+
 def _loop_seconds(turn: Callable[[Any], Any], state: Any) -> float:
     """Return the seconds of a turn of a loop over a state that is changed in place, without those of a dispatch."""
-    known = lambda _, state: jax.lax.fori_loop(0, 4, lambda _, s: turn(s), state)  # noqa: E731 (see `compile_calls`)
-    loop = jax.jit(lambda state, n: jax.lax.fori_loop(0, n, known, state), donate_argnums=0)
+    loop = jax.jit(lambda state, n: _repeat(n, 4, turn, state), donate_argnums=0)
 
     def seconds(turns: int) -> float:
         nonlocal state
@@ -131,8 +139,7 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
     """Compile a loop of as many calls `run(**inputs)` of a case as fill the L2 cache several times over.
 
     With `prepare` a call is `run(*prepare(**inputs))`, of which `run` alone is in the loop.
-    What a turn takes is tied to what the turn before gave, so that it can't be computed once for all of them. To ask on
-    the device whether a loop goes on takes 7 us, so that most turns are in loops of a known number.
+    What a turn takes is tied to what the turn before gave, so that it can't be computed once for all of them.
     """
     case = case.narrowed()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(case.shapes))
@@ -146,7 +153,7 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
 
     @functools.partial(jax.jit, donate_argnums=1)
     def loop(kept: Any, given: Any, turns: Any) -> Any:
-        def turn(_: Any, carry: Any) -> Any:
+        def turn(carry: Any) -> Any:
             given, _ = carry
             tied, _ = jax.lax.optimization_barrier((kept, carry[1]))
             found = [one(a, b) for a, b in zip(tied, given, strict=True)]
@@ -155,10 +162,7 @@ def compile_calls(run: Callable[..., Any], case: Case, prepare: Callable[..., An
             firsts = [jax.tree.leaves(x)[0].ravel()[0] for x in found]
             return given, sum(x.astype(jnp.float32) for x in firsts)
 
-        def known(_: Any, carry: Any) -> Any:
-            return jax.lax.fori_loop(0, each, turn, carry)
-
-        return jax.lax.fori_loop(0, turns, known, (given, jnp.float32(0)))
+        return _repeat(turns, each, turn, (given, jnp.float32(0)))
 
     kept, given = _split([shapes] * count, case)
     if prepare is not None:
@@ -189,8 +193,8 @@ def measure(calls: Calls, limits: Mapping[str, float], bytes_moved: float | None
         seconds(1)
     turns = int(min(max(_SECONDS / max(seconds(3) / 3, 1e-6), 2), 2000))
     # Of the times of `turns` and of twice as many, the difference is free of what a dispatch costs.
-    each = statistics.median(seconds(2 * turns) - seconds(turns) for _ in range(_ROUNDS))
-    each /= turns * calls.each * count
+    took = statistics.median(seconds(2 * turns) - seconds(turns) for _ in range(_ROUNDS))
+    each = took / (turns * calls.each * count)
     moved = case.bytes if bytes_moved is None else bytes_moved
     return {
         "us": 1e6 * each,

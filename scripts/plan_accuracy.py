@@ -121,17 +121,14 @@ def book() -> list[Claim]:
 def steps() -> Iterator[Claim]:
     """Yield decode steps that we measured on an H100, in milliseconds: of a loop alone, and after prompts."""
     for line in map(json.loads, STEPS.read_text().splitlines()):
-        yield _step(line, line["variant"].split("+"), 64, OURS)
+        yield _step(line, 64, OURS)
     for line in benches():
-        yield _step(line, line["variant"].split(), line["new_tokens"] // 2, BENCH)
+        yield _step(line, line["new_tokens"] // 2, BENCH)
 
 
-def _step(line: dict[str, Any], passes: list[str], more: int, source: str) -> Claim:
+def _step(line: dict[str, Any], more: int, source: str) -> Claim:
     """Return a decode step with `more` tokens than the prompt's in the cache, as many as the model was trained for."""
-    asked = Request(
-        model=line["model"], topology="h100:1", passes=tuple(p for p in passes if p != "baseline"), batch=line["batch"],
-        context=min(line["context"] + more, TRAINED), phases=("decode",),
-    )  # fmt: skip
+    asked = _asked(line, batch=line["batch"], context=min(line["context"] + more, TRAINED), phases=("decode",))
     times = plan(asked, compiling=False).phases["decode"].times
     return Claim(f"{_what(line)}: a step", "ms", line["step_ms"], 1e3 * times.step, source)
 
@@ -139,10 +136,7 @@ def _step(line: dict[str, Any], passes: list[str], more: int, source: str) -> Cl
 def prompts() -> Iterator[Claim]:
     """Yield prompts that we measured on an H100, in milliseconds a row."""
     for line in benches():
-        asked = Request(
-            model=line["model"], topology="h100:1", passes=tuple(p for p in line["variant"].split() if p != "baseline"),
-            context=line["context"], phases=("prefill",),
-        )  # fmt: skip
+        asked = _asked(line, context=line["context"], phases=("prefill",))
         took = 1e3 * line["context"] / line["prefill_tokens_per_second"]
         yield Claim(f"{_what(line)}: a prompt", "ms", took, 1e3 * plan(asked, compiling=False).prefill.step, BENCH)
 
@@ -152,6 +146,12 @@ def benches() -> Iterator[dict[str, Any]]:
     for line in map(json.loads, BENCHES.read_text().splitlines()):
         if "step_ms" in line and "transformers" not in line["variant"] and line["context"] <= TRAINED:
             yield line
+
+
+def _asked(line: dict[str, Any], **how: Any) -> Request:
+    """Return what is planned of a line; its variant joins passes by a space, or by +."""
+    passes = line["variant"].replace("+", " ").replace("baseline", "").split()
+    return Request(model=line["model"], topology="h100:1", passes=tuple(passes), **how)
 
 
 def _what(line: dict[str, Any]) -> str:

@@ -24,31 +24,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer import passes
 from jaxinfer.decode import loop
-from jaxinfer.decode.sampling import Sampling
-from jaxinfer.eval import bench, roofline, size
+from jaxinfer.eval import bench, roofline, size, speed
 from jaxinfer.plan.shapes import find_shape
 from jaxinfer.program import Program
 from pallas_kernels import compat
 
 _ROUNDS = 4  # of which the first is no part of the median
 _LONGEST = 12  # kernels that are listed
-_EVERY = np.int32(1 << 30)  # steps at most: those of the state are fewer
 
 
 def state_of(program: Program, batch: int, context: int, steps: int) -> Any:
     """Return the state of a decode loop over a cache that is said to hold `context` tokens a row."""
     cache = loop.empty_cache(program.model, batch, loop.slots_for(context + steps + 1))
     cache = type(cache)(length=jnp.full((batch,), context, jnp.int32), layers=cache.layers)
-    limit, seeds = np.full(batch, steps + 1), np.arange(batch)
     logits = jnp.zeros((batch, program.config.vocab_size), jnp.float32)
-    state = loop.start(
-        program.decoder, cache, logits, limit=limit, stop_ids=(), sampling=Sampling(), seeds=seeds, seen=None
-    )
-    return jax.block_until_ready(state)
+    return jax.block_until_ready(speed.start_greedy(program, steps + 1, cache, logits))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +60,7 @@ class Loop:
 
     def __call__(self, state: Any) -> Any:
         """Run all steps."""
-        return self.run(self.program.decoder, self.program.model, state, _EVERY)
+        return self.run(self.program.decoder, self.program.model, state, loop.TO_THE_END)
 
     def seconds(self) -> float:
         """Return how long a step takes."""
@@ -80,7 +73,7 @@ class Loop:
 def compiled(program: Program, batch: int, context: int, steps: int) -> Loop:
     """Return a program's decode loop."""
     state = state_of(program, batch, context, steps)
-    run = loop.advance.lower(program.decoder, program.model, state, _EVERY).compile()
+    run = loop.advance.lower(program.decoder, program.model, state, loop.TO_THE_END).compile()
     return Loop(program, batch, context, steps, run)
 
 

@@ -256,9 +256,6 @@ def test_the_tables_of_the_readme_are_those_of_the_results(capsys):
     timed = [json.loads(line) for line in (results / "bench_h100.jsonl").read_text().splitlines()]
     timed = sorted((x for x in timed if "error" not in x), key=lambda x: (x["context"], x["batch"]))
     assert bench.table(timed, "baseline") in readme
-    timed = [json.loads(line) for line in (results / "bench_h100.jsonl").read_text().splitlines()]
-    timed = sorted((x for x in timed if "error" not in x), key=lambda x: (x["context"], x["batch"]))
-    assert bench.table(timed, "baseline") in readme
     checks = [json.loads(line) for line in (results / "checks_h100.jsonl").read_text().splitlines()]
     assert len(checks) == 127 and sum(x.get("ok", False) for x in checks) == 123
     assert all(x.get("ok") or "unsupported" in x for x in checks)

@@ -17,6 +17,7 @@ from jaxinfer.cache.paged import Paged
 from jaxinfer.cache.quantized import QuantizedCache
 from jaxinfer.ops.rope import RopeConfig, rotate
 from pallas_kernels import gpu_measure, gpus, rope_append
+from pallas_kernels.decode_attention import gpu_lanes
 from pallas_kernels.rope_append import gpu_thread
 from pallas_kernels.rope_append.cases import TESTS
 from pallas_kernels.rope_append.gpu_thread import WARPS, Heads
@@ -41,10 +42,6 @@ def _bytes_of(values, kind):
     return held.view("<u4").reshape(128).astype(np.uint32)
 
 
-def _warps_highest(a):
-    return np.repeat(a.reshape(4, 32).max(axis=1), 32)
-
-
 def _machine():
     """Return the instructions of the warps' test, and those that only this kernel has."""
     more = {
@@ -54,7 +51,6 @@ def _machine():
         "within": lambda a, most: np.clip(a, -most, most),
         "signed_bytes": lambda values: _bytes_of([np.rint(v) for v in values], np.int8),
         "eight_bits": lambda values: _bytes_of(values, ml_dtypes.float8_e4m3fn),
-        "highest": _warps_highest,
     }
     return type(WORDS)(**vars(WORDS) | more)
 
@@ -87,15 +83,16 @@ def _by_threads(q, k, v, cos, sin, start, counts, **caches):
 @pytest.mark.parametrize("case", TESTS, ids=lambda case: case.name)
 def test_its_threads_write_what_the_reference_does(case, monkeypatch):
     """By the check that a GPU's kernel goes through: its bounds are of what is written, the rest stays as it was."""
-    monkeypatch.setattr(gpu_thread, "words", _machine())
+    for module in (gpu_lanes, gpu_thread):
+        monkeypatch.setattr(module, "words", _machine())
     inputs = case.inputs()
     expected, kept = rope_append.reference(**jax.tree.map(jnp.asarray, case.narrowed().inputs()))
     found, changed = _by_threads(**{name: np.asarray(x) for name, x in case.narrowed().inputs().items()})
     assert np.abs(found.astype(np.float32) - np.asarray(expected, np.float32)).max() <= 2**-7 * np.abs(found).max()
     for name, one, other in zip(case.donated, changed, kept, strict=True):
         before, one, other = (np.asarray(x) for x in (inputs[name], one, other))
-        assert gpu_measure.is_changed(one, other, before), name
-        assert not gpu_measure.is_changed(before, other, before), name  # something was to be written
+        assert gpu_measure.is_right(one, other, before), name
+        assert not gpu_measure.is_right(before, other, before), name  # something was to be written
 
 
 ROPE = RopeConfig(kind="yarn", factor=4.0, original_context=32)

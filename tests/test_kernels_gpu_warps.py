@@ -46,8 +46,16 @@ def _four_words(address):
     found = _bytes(address, 16).view("<u4")
     if address.buffer.size > LARGEST_QUERIES:  # shared memory: read by eight threads at a time, of four banks each
         for start in range(0, 128, 8):
-            pieces = np.unique(address.at[start : start + 8] // 16)
-            assert len(np.unique(pieces % 8)) == len(pieces)
+            assert len(set(address.at[start : start + 8] // 16 % 8)) == 8
+    return [found[:, i].astype(np.uint32) for i in range(4)]
+
+
+def _parts_words(address):
+    """As `_four_words`, of what the blocks of a cluster send, where threads may read the same."""
+    found = _bytes(address, 16).view("<u4")
+    for start in range(0, 128, 8):
+        pieces = np.unique(address.at[start : start + 8] // 16)
+        assert len(np.unique(pieces % 8)) == len(pieces)
     return [found[:, i].astype(np.uint32) for i in range(4)]
 
 
@@ -157,6 +165,18 @@ WORDS = types.SimpleNamespace(
 )
 
 
+PARTS = types.SimpleNamespace(
+    **vars(WORDS) | {"several": lambda address, count: {4: _parts_words, 2: _two_words}[count](address)}
+)
+
+
+def _words_for(monkeypatch):
+    """Have the threads' modules run on NumPy arrays."""
+    for module in (gpu_lanes, gpu_merge_warps, gpu_operands, gpu_warp):
+        monkeypatch.setattr(module, "words", WORDS)
+    monkeypatch.setattr(gpu_cluster, "words", PARTS)
+
+
 def _laid(codes, line):
     """Return codes `[slots, H]` as a copy lays them: tiles of eight slots and a line, their pieces moved about."""
     slots, H = codes.shape
@@ -224,8 +244,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_threads_find_what_the_reference_does(name, monkeypatch):
-    for module in (gpu_cluster, gpu_lanes, gpu_merge_warps, gpu_operands, gpu_warp):
-        monkeypatch.setattr(module, "words", WORDS)
+    _words_for(monkeypatch)
     given = {"H": 128, "rows": 4, "tokens": 1, "slots": 32, "S": 512, "length": 400, "start": 0, "window": None}
     given |= {"sinks": 0, "softcap": None, "tree": 0, "scales": np.float32, "letters": "f32", "spread": 1.0}
     given |= {"sink_score": None, "float8": False, "splits": 1} | CASES[name]
@@ -284,8 +303,7 @@ def test_threads_find_what_the_reference_does(name, monkeypatch):
 )
 def test_a_cluster_merges_what_its_matrix_units_find(splits, columns, rows, H, tile, monkeypatch):
     """Where nothing is found the output is 0, also of a row that no block finds anything for."""
-    for module in (gpu_cluster, gpu_lanes):
-        monkeypatch.setattr(module, "words", WORDS)
+    _words_for(monkeypatch)
     random, width = np.random.default_rng(0), -(-H // 64) * 64
     cluster = Cluster(splits, columns, width, rows, H)
     CLUSTER[:] = [np.full(cluster.floats, np.nan, np.float32) for _ in range(splits)]

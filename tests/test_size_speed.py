@@ -167,3 +167,13 @@ def test_what_is_on_a_mesh_is_compiled_when_it_is_called(tiny, monkeypatch):
     assert len(speed.measure_speed({"a": placed}, [1, 2, 3], new_tokens=3, rounds=1)["a"]) == 1
     with pytest.raises(ZeroDivisionError):
         speed.measure_speed({"a": tiny}, [1, 2, 3], new_tokens=3, rounds=1)
+
+
+def test_what_a_decoder_times_is_timed_before_anything_compiles(tiny, monkeypatch):
+    """Speculation measures a check's cost in `prepare`, once, and keeps it."""
+    seen = []
+    real, prepare = speed._lowered, type(tiny.decoder).prepare
+    monkeypatch.setattr(speed, "_lowered", lambda *args: (seen.append("lowered"), real(*args))[1])
+    monkeypatch.setattr(type(tiny.decoder), "prepare", lambda *args: (seen.append("prepared"), prepare(*args))[1])
+    speed.measure_speed({"a": tiny, "b": tiny}, [1, 2, 3], new_tokens=3, rounds=1)
+    assert seen[:4] == ["prepared", "prepared", "lowered", "lowered"]

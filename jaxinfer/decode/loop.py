@@ -15,6 +15,7 @@ from jaxinfer.decode.sampling import Sampling
 from jaxinfer.models.transformer import Transformer
 
 CHUNK = 1024  # prompt tokens a dispatch: bounds the memory of a long prefill and the number of shapes
+TO_THE_END = np.int32(1 << 30)  # steps of `advance` at most: those of a state are fewer
 BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, CHUNK)  # padded chunk lengths, so that few shapes compile
 
 

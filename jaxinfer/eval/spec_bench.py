@@ -22,7 +22,6 @@ from jaxinfer.text.tokenizer import Tokenizer
 from jaxinfer.tree import replace
 
 TIE = 1e-3  # what float32 scores of a tie differ by, at most
-_ANY = np.int32(1 << 30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _answer(program: Program, prompt: Sequence[int], new_tokens: int, slots: int
     )  # fmt: skip
     jax.block_until_ready(state)
     started = time.perf_counter()
-    state = loop.advance(decoder, program.model, state, _ANY)
+    state = loop.advance(decoder, program.model, state, loop.TO_THE_END)
     jax.block_until_ready(state)
     done = time.perf_counter()
     tokens = np.asarray(state.tokens)[0, : int(state.emitted[0])].tolist()

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxinfer.cache.base import Cache
 from jaxinfer.decode import loop
@@ -22,7 +23,6 @@ from jaxinfer.errors import InputError
 from jaxinfer.program import Program
 
 _THREADS = min(8, os.cpu_count() or 1)  # that compile at once
-_EVERY = np.int32(1 << 30)  # steps at most: those of the state are fewer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,27 +100,35 @@ def _compile(programs: Iterable[Program], rows: Sequence[Sequence[int]], new_tok
     What is on a mesh compiles when it is called: for where its arguments then are.
     """
     programs = [p for p in programs if not any(getattr(x, "committed", False) for x in jax.tree.leaves(p.model))]
+    slots = loop.slots_for(len(rows[0]) + new_tokens)
+    # A decoder may time the device here: that comes before anything compiles.
+    owns = [jax.eval_shape(lambda x: x, p.decoder.prepare(p.model, rows, slots)) for p in programs]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        jobs = [pool.submit(lowered.compile) for program in programs for lowered in _lowered(program, rows, new_tokens)]
+        found = itertools.chain(*(_lowered(p, rows, new_tokens, own) for p, own in zip(programs, owns, strict=True)))
+        jobs = [pool.submit(lowered.compile) for lowered in found]
     for job in jobs:
         job.result()
 
 
-def _lowered(program: Program, rows: Sequence[Sequence[int]], new_tokens: int) -> Iterator[jax.stages.Lowered]:
+def _lowered(
+    program: Program, rows: Sequence[Sequence[int]], new_tokens: int, own: Any
+) -> Iterator[jax.stages.Lowered]:
     """Yield what is compiled for a round: the steps, and each shape of a prompt's chunks."""
     model, decoder = program.model, program.decoder
     slots = loop.slots_for(len(rows[0]) + new_tokens)
     cache = jax.eval_shape(lambda: loop.empty_cache(model, len(rows), slots))
     logits = jax.ShapeDtypeStruct((len(rows), model.config.vocab_size), jnp.float32)
-    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), decoder.prepare(model, rows, slots))
-    state = jax.eval_shape(functools.partial(_state, program, new_tokens), cache, logits, own)
-    yield loop.advance.lower(decoder, model, state, _EVERY)
+    state = jax.eval_shape(functools.partial(start_greedy, program, new_tokens), cache, logits, own)
+    yield loop.advance.lower(decoder, model, state, loop.TO_THE_END)
     shapes = {padded.shape: (padded, counts) for _, padded, counts in loop.chunks(rows)}
     for padded, counts in shapes.values():
         yield loop.prefill_chunk.lower(model, cache, logits, padded, counts)
 
 
-def _state(program: Program, new_tokens: int, cache: Cache, logits: Array, own: Any) -> State:
+def start_greedy(
+    program: Program, new_tokens: int, cache: Cache, logits: Float[Array, "B V"], own: Any = None
+) -> State:
+    """Return the state of greedy decoding, `new_tokens` a row with no early stop; `own` is what `prepare` gave."""
     batch = len(logits)
     return loop.start(
         program.decoder, cache, logits, limit=np.full(batch, new_tokens), stop_ids=(), sampling=Sampling(),
@@ -137,10 +145,10 @@ def _one_round(program: Program, prompt: Sequence[int], new_tokens: int, batch: 
     own = program.decoder.prepare(program.model, rows, slots)
     jax.block_until_ready((logits, own))
     filled = time.perf_counter()
-    state = _state(program, new_tokens, cache, logits, own)
+    state = start_greedy(program, new_tokens, cache, logits, own)
     first = int(np.asarray(state.emitted).sum())
     started = time.perf_counter()
-    state = loop.advance(program.decoder, program.model, state, _EVERY)
+    state = loop.advance(program.decoder, program.model, state, loop.TO_THE_END)
     decoded = int(np.asarray(state.emitted).sum()) - first
     done = time.perf_counter()
     return Round(filled - begin, started - begin, done - started, decoded, done - begin)

@@ -40,8 +40,7 @@ def predict(work: Work, network: float | int, hardware: Hardware) -> Times:
     """Return the times of a step: `max(bytes / bandwidth, FLOPs / peak)` of the linear maps, the same of attention.
 
     Both rates are what programs get (`ATTAINED_BANDWIDTH`, `Hardware.products`, `Hardware.attention`), and the roofline
-    what the vendor says.
-    Collectives are taken to wait: XLA overlaps few of a step's.
+    what the vendor says. Collectives are taken to wait: XLA overlaps few of a step's.
     """
     linear = (
         work.weight_bytes + work.activation_bytes,

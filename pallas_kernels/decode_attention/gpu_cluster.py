@@ -9,8 +9,8 @@ from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
 from pallas_kernels.decode_attention.gpu_lanes import Lane, words_of
+from pallas_kernels.decode_attention.gpu_warp import LOG2E
 
-LOG2E = 1.4426950408889634
 SIZES = (2, 4, 8, 16)  # of clusters: no larger ones are to be had, and others leave processors of theirs idle
 
 

@@ -89,10 +89,7 @@ def write_part(address: Any, word: Any, size: int, wanted: Any) -> None:
     text = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.b{8 * size} [$0], $2; }}"
     if size == 2:
         text = "{ .reg .pred p; .reg .b16 v; setp.ne.b32 p, $1, 0; cvt.u16.u32 v, $2; @p st.global.b16 [$0], v; }"
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"), [address, wanted, word], text, "l,r,r,~{memory}", asm_dialect=0,
-        has_side_effects=True,
-    )  # fmt: skip
+    _store(text, "l", address, wanted, word)
 
 
 def integer_product(sums: list[Any] | None, left: list[Any], right: list[Any]) -> list[Any]:

@@ -65,11 +65,16 @@ def over_four(combine: Any, value: Any) -> Any:
 
 
 def words_of(values: list[Any], letters: str) -> list[Any]:
-    """Return four floats as the words of four numbers of a type: "f32", "bf16" or "f16"."""
+    """Return an even number of floats as words of numbers of a type: "f32", "bf16" or "f16"."""
     if letters == "f32":
         return [words.as_word(value) for value in values]
     pair = words.pair_of if letters == "bf16" else words.half_pair_of
-    return [pair(*values[:2]), pair(*values[2:])]
+    return [pair(*values[i : i + 2]) for i in range(0, len(values), 2)]
+
+
+def two_floats(word: Any) -> tuple[Any, Any]:
+    """Return the two bfloat16 numbers of a word."""
+    return words.as_float(words.right(word, -16)), words.as_float(words.both(word, 0xFFFF0000))
 
 
 def two_scales(address: Any, size: int) -> tuple[Any, Any]:
@@ -77,8 +82,7 @@ def two_scales(address: Any, size: int) -> tuple[Any, Any]:
     if size == 4:
         low, high = words.several(address, 2)
         return words.as_float(low), words.as_float(high)
-    pair = words.as_word(words.read(address, 4))
-    return words.as_float(words.right(pair, -16)), words.as_float(words.both(pair, 0xFFFF0000))
+    return two_floats(words.as_word(words.read(address, 4)))
 
 
 def at_scales(tile: Tile, lane: Lane, scales: Any) -> Any:

@@ -19,6 +19,7 @@ from pallas_kernels.decode_attention.gpu_lanes import (
     at_scales,
     at_values,
     over_four,
+    two_floats,
     two_scales,
 )  # fmt: skip
 
@@ -36,7 +37,7 @@ def prepare(tile: Tile, q: Any, tree: Any, start: Any, length: Any, position: An
     for line in range(tile.lines):
         for at in range(0, tile.line // 2, 16):
             for word in words.several(words.onward(base, 2 * tile.line * line + at), 4):
-                values += [words.as_float(words.right(word, -16)), words.as_float(words.both(word, 0xFFFF0000))]
+                values += two_floats(word)
     peak = words.real(0.0)
     for value in values:
         peak = words.higher(peak, words.magnitude(value))

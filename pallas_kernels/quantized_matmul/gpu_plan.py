@@ -62,8 +62,9 @@ def plan_for(
         return cut(usual | blocks, "stages" in blocks)
     shape = block_class(x, values, scale, qtype=qtype, activations=activations)
     tuned = tuning.gpu_blocks("quantized_matmul", gpu.name, shape)
-    with contextlib.suppress(NotImplementedError, ValueError):  # measured for a near shape, they may not fit this one
-        return cut(usual | ({"resident": 1} | tuned if tuned else {}), False)
+    if tuned:
+        with contextlib.suppress(NotImplementedError, ValueError):  # measured for a near shape, they may not fit here
+            return cut(usual | {"resident": 1} | tuned, False)
     return cut(usual, False)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import compat
 from pallas_kernels.calls import Interpret, Known
+from pallas_kernels.decode_attention.gpu_masks import NUMBER
 from pallas_kernels.rope_append.gpu_thread import WARPS, Heads, rotate_and_write
 
 WIDTHS = (64, 128, 256)  # numbers of a head: those of a thread are read, and written, at once
@@ -72,9 +73,7 @@ def rope_append(
 
 
 def _run(heads: Heads, refs: dict[str, Any], *numbers: Any) -> None:
-    number = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(arg_types=(dict.fromkeys(refs, plgpu.RefType()), number, number, number), return_type=())
+    @plgpu.inline_mgpu(arg_types=(dict.fromkeys(refs, plgpu.RefType()), NUMBER, NUMBER, NUMBER), return_type=())
     def run(_: Any, refs: Any, *numbers: Any) -> tuple[()]:
         rotate_and_write(heads, refs, *(number.registers.item() for number in numbers))
         return ()

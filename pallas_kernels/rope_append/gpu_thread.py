@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
+from pallas_kernels.decode_attention.gpu_lanes import two_floats, words_of
 from pallas_kernels.rope_append.reference import LARGEST
 
 WARPS = 4
@@ -107,16 +108,12 @@ def _angles(address: Any, pairs: int) -> list[Any]:
 
 def _floats(held: list[Any], count: int) -> list[Any]:
     """Return so many floats of words of two bfloat16 numbers."""
-    found = []
-    for word in held:
-        found += [words.as_float(words.right(word, -16)), words.as_float(words.both(word, 0xFFFF0000))]
-    return found[:count]
+    return [value for word in held for value in two_floats(word)][:count]
 
 
 def _rounded(values: list[Any]) -> list[Any]:
     """Return floats as bfloat16, two in a word; one alone in its lower half."""
-    values = values + [words.real(0.0)] * (len(values) % 2)
-    return [words.pair_of(*values[i : i + 2]) for i in range(0, len(values), 2)]
+    return words_of(values + [words.real(0.0)] * (len(values) % 2), "bf16")
 
 
 def _write(address: Any, apart: int, halves: list[list[Any]], wanted: Any) -> None:
