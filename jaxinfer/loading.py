@@ -113,15 +113,18 @@ def lay_out(model: Transformer, layouts: Sequence[str]) -> Transformer:
     """
     arenas = Arenas()
 
-    def lay(block):
+    def lay(i):
+        block = model.layers[i]
         if jax.default_backend() == "cpu":
             block = jax.tree.map(np.asarray, block)  # no copy; and a layout is then one copy, into its place
-        return arenas.settle(apply_layouts(block, layouts))
+        # Replaced by the thread that made it: one that waits for its turn here would let the others run ahead of it.
+        model.layers[i] = arenas.settle(apply_layouts(block, layouts))
+        del block
+        give_back_memory()
 
     with ThreadPoolExecutor(2) as pool:
-        for i, block in enumerate(pool.map(lay, model.layers)):
-            model.layers[i] = block
-            give_back_memory()
+        for _ in pool.map(lay, range(len(model.layers))):
+            pass  # raises what a thread raised
     return model
 
 
