@@ -21,9 +21,8 @@ from pallas_kernels.decode_attention import (
     reference,
 )
 from pallas_kernels.decode_attention.gpu_cluster import Cluster, Parts
-from pallas_kernels.decode_attention.gpu_lanes import Tile
+from pallas_kernels.decode_attention.gpu_lanes import LEAST, LOG2E, Tile
 from pallas_kernels.decode_attention.gpu_operands import Halves, Integers
-from pallas_kernels.decode_attention.gpu_warp import LEAST, LOG2E
 from pallas_kernels.tolerance import relative_error
 
 THREADS = np.arange(128)
@@ -170,14 +169,14 @@ PARTS = types.SimpleNamespace(
 )
 
 
-def _words_for(monkeypatch):
+def words_for(monkeypatch, words=WORDS, *more):
     """Have the threads' modules run on NumPy arrays."""
-    for module in (gpu_lanes, gpu_merge_warps, gpu_operands, gpu_warp):
-        monkeypatch.setattr(module, "words", WORDS)
+    for module in (gpu_lanes, gpu_merge_warps, gpu_operands, gpu_warp, *more):
+        monkeypatch.setattr(module, "words", words)
     monkeypatch.setattr(gpu_cluster, "words", PARTS)
 
 
-def _laid(codes, line):
+def laid(codes, line):
     """Return codes `[slots, H]` as a copy lays them: tiles of eight slots and a line, their pieces moved about."""
     slots, H = codes.shape
     tiles = codes.reshape(slots // 8, 8, H // line, line).transpose(0, 2, 1, 3)
@@ -189,11 +188,14 @@ def _laid(codes, line):
     return found.reshape(-1)
 
 
-def _attend(tile, q, k, v, k_scale, v_scale, start, length, position, tree, letters, splits):
-    """Return the output and its log-sum-exp of one key head, from a loop of blocks as the kernel's body has it."""
-    H, slots = q.shape[1], 4 * tile.slots
+def attend(threads, tile, q, blocks, start, length, position, tree, letters, splits, first=0):
+    """Return the output and its log-sum-exp of one key head, from a loop of blocks as the kernel's body has it.
+
+    `blocks` are each block's first slot, keys and values, with what comes beside them.
+    """
+    H = q.shape[1]
     start, length, position = (_number(int(x)) for x in (start, length, position))
-    fixed = gpu_warp.prepare(tile, q, tree, start, length, position)
+    fixed = threads.prepare(tile, q, tree, start, length, position, _number(first))
     assert len(fixed) == tile.fixed
     alive = start, WORDS.greater(length - start, _number(0))
     out = np.full((tile.rows, H), 7, {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}[letters])
@@ -201,17 +203,17 @@ def _attend(tile, q, k, v, k_scale, v_scale, start, length, position, tree, lett
     cluster = Cluster(splits, 8, H, tile.rows, H)
     CLUSTER[:] = [np.full(cluster.floats, np.nan, np.float32) for _ in range(splits)]
     parts = [Parts(cluster, held, _number(i)) for i, held in enumerate(CLUSTER)]
-    each = -(-k.shape[0] // (slots * splits)) * slots
+    each = -(-len(blocks) // splits)
     for split in range(splits):
-        sums = [np.zeros(128, np.float32) for _ in range(tile.own)]
-        sums += [np.full(128, LEAST, np.float32), np.zeros(128, np.float32)]
-        for base in range(split * each, min((split + 1) * each, k.shape[0]), slots):
-            at, here = _number(base), slice(base, base + slots)
-            found = gpu_warp.scores(tile, fixed, _laid(k[here], tile.line), k_scale[here], at, start)
+        sums = [np.zeros(128, np.float32) for _ in range(tile.sums)]
+        sums[-2] = np.full(128, LEAST, np.float32)
+        for base, keys, values in blocks[split * each : (split + 1) * each]:
+            found = threads.scores(tile, fixed, *keys, _number(base), start)
             assert len(found) == tile.scores
-            sums = gpu_warp.mix(tile, sums, found, _laid(v[here], tile.line), v_scale[here], at, alive)
+            sums = threads.mix(tile, sums, found, *values, _number(base), alive)
+            assert len(sums) == tile.sums
         to = parts[split] if splits > 1 else gpu_merge_warps.Output(tile, out, letters, lse)
-        gpu_merge_warps.finish(tile, sums, np.zeros(512 * H, np.uint8), np.zeros(256, np.uint8), to)
+        threads.finish(tile, sums, np.zeros(128 * H, np.uint8), np.zeros(256, np.uint8), to)
     for part in parts if splits > 1 else ():
         part.merge(_number(0), out, letters, lse)
     return out.astype(np.float32), lse[: tile.rows]
@@ -244,7 +246,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_threads_find_what_the_reference_does(name, monkeypatch):
-    _words_for(monkeypatch)
+    words_for(monkeypatch)
     given = {"H": 128, "rows": 4, "tokens": 1, "slots": 32, "S": 512, "length": 400, "start": 0, "window": None}
     given |= {"sinks": 0, "softcap": None, "tree": 0, "scales": np.float32, "letters": "f32", "spread": 1.0}
     given |= {"sink_score": None, "float8": False, "splits": 1} | CASES[name]
@@ -278,7 +280,14 @@ def test_threads_find_what_the_reference_does(name, monkeypatch):
     spoiled = [np.where(dead[:, None], worst, x.astype(np.float32)).astype(x.dtype) for x in (k, v)]
     spoiled += [np.where(dead, np.nan, x).astype(x.dtype) for x in (k_scale, v_scale)]
     with np.errstate(all="ignore"):
-        out, lse = _attend(tile, q, *spoiled, start, length, length - T, tree, given["letters"], given["splits"])
+        k_codes, v_codes, *scales = spoiled
+        slots = 4 * tile.slots
+        blocks = [
+            (base, *((laid(x[base : base + slots], line), y[base : base + slots]) for x, y in pairs))
+            for base in range(0, S, slots)
+            for pairs in [zip((k_codes, v_codes), scales, strict=True)]
+        ]
+        out, lse = attend(gpu_warp, tile, q, blocks, start, length, length - T, tree, given["letters"], given["splits"])
     groups = -(-rows // T)
     whole = np.zeros((groups * T, H), ml_dtypes.bfloat16)
     whole[:rows] = q
@@ -303,7 +312,7 @@ def test_threads_find_what_the_reference_does(name, monkeypatch):
 )
 def test_a_cluster_merges_what_its_matrix_units_find(splits, columns, rows, H, tile, monkeypatch):
     """Where nothing is found the output is 0, also of a row that no block finds anything for."""
-    _words_for(monkeypatch)
+    words_for(monkeypatch)
     random, width = np.random.default_rng(0), -(-H // 64) * 64
     cluster = Cluster(splits, columns, width, rows, H)
     CLUSTER[:] = [np.full(cluster.floats, np.nan, np.float32) for _ in range(splits)]

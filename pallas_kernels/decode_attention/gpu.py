@@ -7,6 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.calls import Interpret, Known
+from pallas_kernels.decode_attention import gpu_warp
 from pallas_kernels.decode_attention.gpu_rows import attend_rows
 
 
@@ -48,6 +49,9 @@ def decode_attention(
 
 class Dense:
     """A cache `[B, K, S, H]`, and where it is quantized its scales `[B, K, S]`."""
+
+    threads = gpu_warp
+    groups = None
 
     def __init__(
         self, k: Array, v: Array, k_scale: Float[Array, "B K S"] | None, v_scale: Float[Array, "B K S"] | None

@@ -8,8 +8,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
-from pallas_kernels.decode_attention.gpu_lanes import Lane, words_of
-from pallas_kernels.decode_attention.gpu_warp import LOG2E
+from pallas_kernels.decode_attention.gpu_lanes import LOG2E, Lane, words_of
 
 SIZES = (2, 4, 8, 16)  # of clusters: no larger ones are to be had, and others leave processors of theirs idle
 

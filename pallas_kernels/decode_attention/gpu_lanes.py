@@ -8,6 +8,9 @@ from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
 
+NOTHING, LEAST = -1e30, -1e20  # as in the body of floats
+LOG2E = 1.4426950408889634
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -29,6 +32,11 @@ class Tile:
     def own(self) -> int:
         """Numbers of the output in a thread."""
         return self.lines * self.line // 4
+
+    @property
+    def sums(self) -> int:
+        """Numbers of a thread from block to block: those of the output, the peak and the total."""
+        return self.own + 2
 
     @property
     def queries(self) -> int:

@@ -3,8 +3,7 @@
 from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
-from pallas_kernels.decode_attention.gpu_lanes import Lane, Tile, words_of
-from pallas_kernels.decode_attention.gpu_warp import LEAST, LOG2E
+from pallas_kernels.decode_attention.gpu_lanes import LEAST, LOG2E, Lane, Tile, words_of
 
 WARPS = 4
 
@@ -33,7 +32,7 @@ class Output:
 def finish(tile: Tile, sums: list[Any], shared: Any, peaks: Any, out: Any) -> None:
     """Put the output to `out`, four numbers a time, and for each row its peak and total: `Output`, or as that.
 
-    `shared` and `peaks` are shared memory that nothing is copied to any more, `512 H` and 256 bytes of it.
+    `shared` and `peaks` are shared memory that nothing is copied to any more, `128 H` and 256 bytes of it.
     """
     lane = Lane()
     *acc, peak, total = sums

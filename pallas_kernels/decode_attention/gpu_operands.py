@@ -33,13 +33,24 @@ class Integers:
         """Return the left sides of weights times `into`, 0 where they are not seen, whatever they are."""
         magic = words.real(MAGIC)
         found = [words.select(flag, words.fma(x, into, magic), magic) for x, flag in zip(values, seen, strict=True)]
-        return _every(4, [word for i in range(0, len(found), 4) for word in _bytes(found[i : i + 4])])
+        return _lefts(found)
+
+    @staticmethod
+    def lefts(values: list[Any], into: Any) -> list[list[Any]]:
+        """Return the left sides of weights times `into`, all of which are numbers."""
+        return _lefts([words.fma(x, into, words.real(MAGIC)) for x in values])
 
     @staticmethod
     def columns(slots: list[Any]) -> list[list[list[Any]]]:
         """Return of a word of each slot of values for each of its bytes the right sides."""
         turned = [_turned(slots[i : i + 4]) for i in range(0, len(slots), 4)]
-        return [[[turned[i][byte], turned[i + 1][byte]] for i in range(0, len(turned), 2)] for byte in range(4)]
+        return [_every(2, [four[byte] for four in turned]) for byte in range(4)]
+
+    @staticmethod
+    def halved_columns(rows: list[Any]) -> list[list[list[Any]]]:
+        """Return what `columns` does of rows whose bytes are two codes of 4 bits: first of the lower ones, of all."""
+        turned = [_turned(rows[i : i + 4]) for i in range(0, len(rows), 4)]
+        return [_every(2, [nibbles(four[byte], half) for half in (0, 1) for four in turned]) for byte in range(4)]
 
     @staticmethod
     def multiply(lefts: list[list[Any]], rights: list[list[Any]]) -> list[Any]:
@@ -99,6 +110,16 @@ class Halves:
         for left, right in zip(lefts, rights, strict=True):
             sums = words.multiplied("f16", sums, left, right)
         return sums[:2]
+
+
+def nibbles(word: Any, half: int) -> Any:
+    """Return the lower, or the upper, 4 bits of each byte of a word."""
+    return words.both(words.right(word, 4 * half), 0x0F0F0F0F)
+
+
+def _lefts(found: list[Any]) -> list[list[Any]]:
+    """Return the left sides of numbers to which MAGIC was added."""
+    return _every(4, [word for i in range(0, len(found), 4) for word in _bytes(found[i : i + 4])])
 
 
 def _every(count: int, held: list[Any]) -> list[list[Any]]:

@@ -13,6 +13,19 @@ SCALES = ("k_scale", "v_scale")
 
 
 @dataclasses.dataclass(frozen=True)
+class Groups:
+    """How a cache of 4-bit codes is packed: see `kivi_attention`."""
+
+    size: int  # tokens that share a row of bytes' order, and a grid of each channel of their keys
+    runs: int  # of channels of a value that share a grid
+    together: int  # tokens that lie together: those of a page, or all
+
+    def stage_bytes(self, slots: int, H: int, grid_bytes: int) -> int:
+        """Return the shared memory that a block of keys and values takes, with its grids."""
+        return slots * H + 2 * 2 * grid_bytes * (slots // self.size * H + slots * self.runs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The shapes of one call. Row r of the `rows` query rows of a key head is token `r % tokens`."""
 
@@ -29,6 +42,7 @@ class Plan:
     dtype: Any  # of the products
     stored: Any  # of the cache
     scales: Any  # of its scales, or None
+    groups: Groups | None  # of 4-bit codes, whose scales are those of groups
     out_dtype: Any
     scale: float
     softcap: float | None
@@ -59,7 +73,9 @@ class Plan:
     @property
     def by_warps(self) -> bool:
         """Whether codes are multiplied by each warp for itself: see `gpu_warp`."""
-        return by_warps(self.scales, self.columns, self.H) and self.slots % 128 == 0 and not self.plain
+        return self.groups is not None or (
+            by_warps(self.scales, self.columns, self.H) and self.slots % 128 == 0 and not self.plain
+        )
 
     @property
     def letters(self) -> str:
@@ -82,7 +98,11 @@ def scratch(plan: Plan, copies: int) -> dict[str, Any]:
     stage = (plan.stages, plan.slots, plan.width)
     barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages)
     barriers = {"k_barrier": barriers, "v_barrier": barriers}
-    scales = {name: plgpu.SMEM((plan.stages, plan.slots), plan.scales) for name in SCALES if plan.quantized}
+    if plan.groups is None:
+        scales = {name: plgpu.SMEM((plan.stages, plan.slots), plan.scales) for name in SCALES if plan.quantized}
+    else:
+        stage = (plan.stages, plan.slots // 2, plan.width)
+        scales = _grids(plan)
     sent = {} if plan.cluster is None else {"parts": plgpu.SMEM((plan.cluster.floats,), jnp.float32)}
     if plan.by_warps:
         blocks = {name: _tiled(stage, plan.stored, swizzle(plan.H, plan.stored)) for name in "kv"}
@@ -101,6 +121,18 @@ def scratch(plan: Plan, copies: int) -> dict[str, Any]:
         found["wide"] = _tiled((plan.slots, plan.width), plan.dtype, beside)
         found |= scales
     return found | barriers
+
+
+def _grids(plan: Plan) -> dict[str, Any]:
+    """Return the shared memory of the scales and offsets of groups: of values, those of tokens that lie together."""
+    together = min(plan.groups.together, plan.slots)
+    keys = (plan.stages, plan.slots // plan.groups.size, plan.H)
+    values = (plan.stages, plan.slots // together, plan.groups.runs, together)
+    return {
+        f"{name}_{grid}": plgpu.SMEM(shape, plan.scales)
+        for name, shape in (("k", keys), ("v", values))
+        for grid in ("scale", "offset")
+    }
 
 
 def swizzle(H: int, dtype: Any) -> int:

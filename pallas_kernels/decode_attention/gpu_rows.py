@@ -12,7 +12,7 @@ from pallas_kernels.calls import Known
 from pallas_kernels.decode_attention import gpu_body, gpu_cluster, gpu_warp_body
 from pallas_kernels.decode_attention.gpu_cluster import Cluster
 from pallas_kernels.decode_attention.gpu_merge import MOST_SPLITS, by_xla, merge
-from pallas_kernels.decode_attention.gpu_plan import Plan, by_warps, scratch, swizzle
+from pallas_kernels.decode_attention.gpu_plan import Groups, Plan, by_warps, scratch, swizzle
 
 MOST_COLUMNS = {64: 64, 128: 64, 192: 32, 256: 32}  # by the head's width: what registers hold with no spills
 RESERVED = 6 * 1024  # bytes of shared memory a block that the hardware and the reductions take
@@ -40,7 +40,8 @@ def attend_rows(
 ):
     """Return the output, or (output, log-sum-exp).
 
-    `capacity` is the number of slots that a row has at most; `source` has the `arrays` that hold them.
+    `capacity` is the number of slots that a row has at most; `source` has the `arrays` that hold them. Of packed
+    `groups`, blocks of 8 query rows each read the whole cache of their key head.
 
     Raises:
         NotImplementedError: dtypes or sizes that the kernel does not take.
@@ -53,15 +54,17 @@ def attend_rows(
     rows = N // K * T
     stored, scales = source.dtypes
     dtype = jnp.dtype(jnp.bfloat16) if scales is not None else stored
-    check(q.dtype, stored, scales, H)
+    check(q.dtype, stored, scales, H, source.groups)
+    if interpret and source.groups is not None:
+        raise NotImplementedError(f"{name}: its instructions are the hardware's own, which no interpreter has")
     width = -(-H // 64) * 64
-    columns = min(-(-rows // 8) * 8, MOST_COLUMNS[width])
+    columns = 8 if source.groups is not None else min(-(-rows // 8) * 8, MOST_COLUMNS[width])
     grid = B * K * -(-rows // columns)
     tuned = tuning.gpu_blocks(name, gpus.current().name, block_class(stored, B * K, rows, capacity, H))
-    warps = by_warps(scales, columns, H) and not interpret
+    warps = source.groups is not None or (by_warps(scales, columns, H) and not interpret)
     if "splits" in (blocks or {}):
         tuned.pop("cluster", None)  # goes with the table's splits
-    chosen = blocks_for(grid, capacity, width, columns, stored, scales, tuned | (blocks or {}), warps)
+    chosen = blocks_for(grid, capacity, width, columns, stored, scales, tuned | (blocks or {}), warps, source.groups)
     slots = source.fit(chosen["slots"])
     splits = chosen["splits"]
     together = chosen["cluster"] and splits > 1 and not interpret
@@ -69,7 +72,7 @@ def attend_rows(
     apart = splits > 1 and cluster is None
     plan = Plan(
         kv_heads=K, rows=rows, columns=columns, tokens=T, capacity=capacity, slots=slots, stages=chosen["stages"],
-        splits=splits, cluster=cluster, H=H, dtype=dtype, stored=stored, scales=scales,
+        splits=splits, cluster=cluster, H=H, dtype=dtype, stored=stored, scales=scales, groups=source.groups,
         out_dtype=jnp.dtype(jnp.float32 if apart else q.dtype), scale=scale, softcap=softcap,
         window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
         with_lse=return_lse or apart, overlap=bool(chosen["overlap"]) and not interpret,
@@ -97,13 +100,20 @@ def attend_rows(
     return (ungroup(out), ungroup(lse)[..., 0]) if return_lse else ungroup(out)
 
 
-def check(queries: Any, stored: Any, scales: Any, H: int) -> None:
+def check(queries: Any, stored: Any, scales: Any, H: int, groups: Groups | None = None) -> None:
     """Raise NotImplementedError for dtypes and heads that the kernel does not take."""
     if queries not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"q of {queries}: must be bfloat16 or float16 on a GPU")
     if scales is None and stored not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"a cache of {stored} without scales: must be bfloat16 or float16 on a GPU")
-    if scales is not None and stored not in (jnp.int8, jnp.float8_e4m3fn):
+    if groups is not None and (scales not in (jnp.bfloat16, jnp.float32) or H % 64 or H // groups.runs % 32):
+        raise NotImplementedError(
+            f"H={H} in {groups.runs} runs with grids of {scales}: heads must be multiples of 64 on a GPU, runs of 32 "
+            "channels, grids bfloat16 or float32"
+        )
+    if groups is not None and groups.size not in (32, 64, 128, 256):
+        raise NotImplementedError(f"group={groups.size}: must be 32, 64, 128 or 256 tokens on a GPU")
+    if groups is None and scales is not None and stored not in (jnp.int8, jnp.float8_e4m3fn):
         raise NotImplementedError(f"a cache of {stored} with scales: must be int8 or float8_e4m3fn on a GPU")
     if H > 256:
         raise NotImplementedError(f"H={H}: must be at most 256 on a GPU")
@@ -125,6 +135,7 @@ def blocks_for(
     scales: Any,
     given: dict[str, int],
     warps: bool = False,
+    groups: Groups | None = None,
 ) -> dict[str, int]:
     """Return the blocks: those given, by default two resident on a processor or one, and splits that fill all once.
 
@@ -135,16 +146,21 @@ def blocks_for(
         ValueError: a cluster of as many splits as are given is not to be had.
     """
     gpu = gpus.current()
-    memory = functools.partial(_memory, width, columns, stored, scales, warps)
+    memory = functools.partial(_memory, width, columns, stored, scales, warps, groups)
     if grid * CLUSTERED <= gpu.processors and not given.keys() - {"overlap"}:
         wide = {"slots": 256 if warps else 128, "stages": 2, "cluster": 1}
         fixed, stage = memory(wide["slots"])
         given = given | (wide if fixed + wide["stages"] * stage <= gpu.shared else {})
-    slots = given.get("slots", 128 if warps else 64)
+    slots = given.get("slots", _slots(width, warps, groups))
+    if groups is not None and (slots not in (128, 256) or slots % groups.size or given.get("stages", 2) < 2):
+        raise ValueError(
+            f"blocks={given}: slots must be 128 or 256, whole groups of {groups.size}, and stages 2 or more"
+        )
     fixed, stage = memory(slots)
     wanted, most = 2, 4
     if warps and slots % 128 == 0:
-        wanted = most = 3 if stored == jnp.int8 and width <= 128 else 2  # as registers allow
+        few = stored == jnp.int8 if groups is None else slots == 128  # registers
+        wanted = most = 3 if few and width <= 128 else 2
     shared = (gpu.shared // wanted - fixed) // stage
     stages = given.get("stages", min(4, shared if shared >= 2 else (gpu.shared - fixed) // stage))
     resident = max(1, min(most, gpu.shared // (fixed + stages * stage)))
@@ -156,9 +172,22 @@ def blocks_for(
     return {"slots": slots, "stages": stages, "splits": splits, "overlap": 1, "cluster": 0} | given
 
 
-def _memory(width: int, columns: int, stored: Any, scales: Any, warps: bool, slots: int) -> tuple[int, int]:
+def _slots(width: int, warps: bool, groups: Groups | None) -> int:
+    """Return the slots of a block where nothing is said of them."""
+    if groups is None:
+        return 128 if warps else 64
+    # Of groups of 32 one is each warp's; of larger ones a warp should have all, which multiply its queries once.
+    return max(groups.size, 128 if groups.size == 32 or width > 128 else 256)
+
+
+def _memory(
+    width: int, columns: int, stored: Any, scales: Any, warps: bool, groups: Groups | None, slots: int
+) -> tuple[int, int]:
     """Return the bytes of shared memory of a block but for its stages, at most, and those of a stage."""
     sent = columns * 8 * max(gpu_cluster.SIZES)
+    if groups is not None:
+        stage = groups.stage_bytes(slots, width, jnp.dtype(scales).itemsize)
+        return RESERVED // 3 + columns * width * 4 + sent, stage
     stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
     if warps and slots % 128 == 0:
         return RESERVED // 3 + columns * width * 4 + sent, stage

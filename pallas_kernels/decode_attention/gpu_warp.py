@@ -11,8 +11,13 @@ Weights are relative to the greatest of the warp's block, not of the row: bits a
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels.decode_attention import gpu_instructions as words
 from pallas_kernels.decode_attention.gpu_lanes import (
+    LEAST,
+    LOG2E,
+    NOTHING,
     Lane,
     Tile,
     at_keys,
@@ -21,34 +26,59 @@ from pallas_kernels.decode_attention.gpu_lanes import (
     over_four,
     two_floats,
     two_scales,
-)  # fmt: skip
+)
+from pallas_kernels.decode_attention.gpu_merge_warps import finish as finish
+from pallas_kernels.decode_attention.gpu_operands import Halves, Integers
+from pallas_kernels.decode_attention.gpu_plan import Plan, swizzle
 
-NOTHING, LEAST = -1e30, -1e20  # as in the body of floats
-LOG2E = 1.4426950408889634
+BESIDE = ("scale",)  # what comes with codes
 
 
-def prepare(tile: Tile, q: Any, tree: Any, start: Any, length: Any, position: Any) -> list[Any]:
-    """Return the words of a thread that stay: `q` is `[rows, H]` in bfloat16, `tree` a row's words or None."""
+def tile_of(plan: Plan) -> Tile:
+    """Return the sizes of a warp's work."""
+    return Tile(**sizes(plan), slots=plan.slots // 4, operands=Integers if plan.stored == jnp.int8 else Halves)
+
+
+def sizes(plan: Plan) -> dict[str, Any]:
+    """Return those that any codes have."""
+    line = swizzle(plan.H, plan.stored)
+    factor = plan.scale * LOG2E if plan.softcap is None else plan.scale / plan.softcap
+    return dict(
+        line=line, lines=plan.H // line, rows=min(plan.rows, plan.columns), tokens=plan.tokens, factor=factor,
+        softcap=plan.softcap, window=plan.window, sinks=plan.sinks, tree_words=plan.tree_words,
+    )  # fmt: skip
+
+
+def prepare(tile: Tile, q: Any, tree: Any, start: Any, length: Any, position: Any, first: Any) -> list[Any]:
+    """Return the words of a thread that stay: `q` is `[rows, H]` in bfloat16, `tree` a row's words or None.
+
+    `first` is the number of the first of these rows.
+    """
     lane = Lane()
-    row = words.lesser(lane.row, words.number(tile.rows - 1))
-    base = words.onward(words.pointer(q), words.times(row, 2 * tile.line * tile.lines))
-    base = words.onward(base, words.times(lane.quarter, tile.line // 2))
-    values = []
-    for line in range(tile.lines):
-        for at in range(0, tile.line // 2, 16):
-            for word in words.several(words.onward(base, 2 * tile.line * line + at), 4):
-                values += two_floats(word)
+    values = [value for word in query_words(tile, lane, q) for value in two_floats(word)]
     peak = words.real(0.0)
     for value in values:
         peak = words.higher(peak, words.magnitude(value))
-    peak = over_four(words.higher, peak)
-    into, step = _step(tile, peak)
+    into, step = fitted(tile, over_four(words.higher, peak))
     queries = tile.operands.queries(values, into)
     return [*queries, words.as_word(words.product(step, words.real(tile.factor))),
-            *_limits(tile, lane, tree, start, length, position)]  # fmt: skip
+            *limits(tile, lane, tree, start, length, position, first)]  # fmt: skip
 
 
-def _limits(tile: Tile, lane: Lane, tree: Any, start: Any, length: Any, position: Any) -> list[Any]:
+def query_words(tile: Tile, lane: Lane, q: Any) -> list[Any]:
+    """Return the words of the thread's part of its row of queries, two numbers each: a quarter of each line."""
+    row = words.lesser(lane.row, words.number(tile.rows - 1))
+    base = words.onward(words.pointer(q), words.times(row, 2 * tile.line * tile.lines))
+    base = words.onward(base, words.times(lane.quarter, tile.line // 2))
+    return [
+        word
+        for line in range(tile.lines)
+        for at in range(0, tile.line // 2, 16)
+        for word in words.several(words.onward(base, 2 * tile.line * line + at), 4)
+    ]
+
+
+def limits(tile: Tile, lane: Lane, tree: Any, start: Any, length: Any, position: Any, first: Any) -> list[Any]:
     """Return the first slot that the thread's row sees and their number, those of the sinks, and the tree's words."""
     if tile.tree_words:
         base = words.onward(words.pointer(tree), words.times(lane.row, 4))
@@ -56,11 +86,12 @@ def _limits(tile: Tile, lane: Lane, tree: Any, start: Any, length: Any, position
         at, end = words.add(words.add(length, -tile.tokens), found.pop()), length
     else:
         found = []
-        at = words.add(position, words.remainder(lane.row, tile.tokens)) if tile.tokens > 1 else position
+        token = words.remainder(words.add(lane.row, first), tile.tokens) if tile.tokens > 1 else 0
+        at = words.add(position, token)
         end = words.lesser(length, words.add(at, 1))
-    first = start if tile.window is None else words.greater(start, words.add(at, 1 - tile.window))
+    lowest = start if tile.window is None else words.greater(start, words.add(at, 1 - tile.window))
     sinks = words.lesser(end, words.number(tile.sinks))
-    return [first, _count(first, end), _count(start, sinks), words.add(length, -tile.tokens), *found]
+    return [lowest, _count(lowest, end), _count(start, sinks), words.add(length, -tile.tokens), *found]
 
 
 def _count(first: Any, end: Any) -> Any:
@@ -83,11 +114,16 @@ def scores(tile: Tile, fixed: list[Any], keys: Any, scales: Any, base: Any, star
         steps = two_scales(words.onward(first_scales, eight * 8 * words.width(scales)), words.width(scales))
         for c in (0, 1):
             value = words.product(products[c], words.product(steps[c], factor))
-            if tile.softcap is not None:
-                value = _capped(tile, value)
-            seen = _seen(tile, fixed[tile.queries + 1 :], words.add(first, 8 * eight + c), start)
-            found.append(words.select(seen, value, words.real(NOTHING)))
+            slot = words.add(first, 8 * eight + c)
+            found.append(of_seen(tile, fixed[tile.queries + 1 :], value, slot, start))
     return found
+
+
+def of_seen(tile: Tile, limits: list[Any], value: Any, slot: Any, start: Any) -> Any:
+    """Return a score, capped, if the thread's row sees its slot, or else `NOTHING`."""
+    if tile.softcap is not None:
+        value = _capped(tile, value)
+    return words.select(_seen(tile, limits, slot, start), value, words.real(NOTHING))
 
 
 def _capped(tile: Tile, value: Any) -> Any:
@@ -115,10 +151,11 @@ def _seen(tile: Tile, limits: list[Any], slot: Any, start: Any) -> Any:
     return seen
 
 
-def mix(tile: Tile, sums: list[Any], found: list[Any], values: Any, scales: Any, base: Any, alive: Any) -> list[Any]:
-    """Return a thread's sums, output, peak and total, with its warp's share of a block; `alive`: first slot, number."""
-    lane = Lane()
-    *acc, peak, total = sums
+def weigh(found: list[Any], peak: Any, total: Any) -> tuple[list[Any], Any, Any, Any, Any]:
+    """Return the weights of scores, the peak and the total with them, and what the sums before, and these, are times.
+
+    Weights are relative to the greatest of these scores of the row.
+    """
     here = found[0]
     for value in found[1:]:
         here = words.higher(here, value)
@@ -129,7 +166,14 @@ def mix(tile: Tile, sums: list[Any], found: list[Any], values: Any, scales: Any,
     own = weights[0]
     for value in weights[1:]:
         own = words.plus(own, value)
-    total = words.fma(own, grow, words.product(total, shrink))
+    return weights, new_peak, words.fma(own, grow, words.product(total, shrink)), shrink, grow
+
+
+def mix(tile: Tile, sums: list[Any], found: list[Any], values: Any, scales: Any, base: Any, alive: Any) -> list[Any]:
+    """Return a thread's sums, output, peak and total, with its warp's share of a block; `alive`: first slot, number."""
+    lane = Lane()
+    acc = sums[: tile.own]
+    weights, new_peak, total, shrink, grow = weigh(found, *sums[-2:])
     size = words.width(scales)
     first_scales, top = at_scales(tile, lane, scales), words.number(0)
     for part in range(tile.slots // 32):
@@ -138,7 +182,7 @@ def mix(tile: Tile, sums: list[Any], found: list[Any], values: Any, scales: Any,
         live = words.below(words.take(words.add(base, slot), alive[0]), alive[1])
         bits = words.select(live, words.both(bits, 0x7FFFFFFF), words.number(0))
         top = words.select(words.below(top, bits), bits, top)
-    into, step = _step(tile, words.as_float(words.highest(top)))
+    into, step = fitted(tile, words.as_float(words.highest(top)))
     scaled = []
     for i in range(0, len(weights), 2):
         steps = two_scales(words.onward(first_scales, i * 4 * size), size)
@@ -175,7 +219,7 @@ def _columns(tile: Tile, left: list[Any], at: list[Any], line: int, live: list[A
             yield 4 * word + byte, tile.operands.multiply(left, rights)
 
 
-def _step(tile: Tile, top: Any) -> tuple[Any, Any]:
+def fitted(tile: Tile, top: Any) -> tuple[Any, Any]:
     """Return what brings numbers of at most `top` to the largest of a product, and what brings them back."""
     into = words.product(words.inverse(top), words.real(tile.operands.top))
     into = words.select(words.above(top, 1e-30), into, words.real(0.0))

@@ -11,7 +11,8 @@ high ones. A key is `code * k_scale + k_offset` with a scale for each channel of
 another call of that, and the two are merged by their lse. (KIVI, 2402.02750.)
 """
 
+from pallas_kernels.kivi_attention.gpu import kivi_attention as gpu
 from pallas_kernels.kivi_attention.reference import kivi_attention as reference
 from pallas_kernels.kivi_attention.tpu import kivi_attention as tpu
 
-__all__ = ["reference", "tpu"]
+__all__ = ["gpu", "reference", "tpu"]

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.calls import Interpret, Known
+from pallas_kernels.decode_attention import gpu_warp
 from pallas_kernels.decode_attention.gpu_rows import attend_rows
 from pallas_kernels.paged_decode_attention.reference import append, gather
 
@@ -63,6 +64,9 @@ def paged_decode_attention(
 
 class Paged:
     """Pages `[P, K, page, H]`, perhaps with scales `[P, K, page]`, and the table that says whose they are."""
+
+    threads = gpu_warp
+    groups = None
 
     def __init__(self, pages: Mapping[str, Array], table: Int[Array, "B M"]):
         self._number, self._heads, self._page, _ = pages["k"].shape
