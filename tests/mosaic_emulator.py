@@ -83,7 +83,8 @@ def _take(array, index):
     for axis in reversed(range(len(index))):
         at = index[axis]
         if not isinstance(at, slice):
-            array = np.take(array, int(at), axis=axis)
+            beyond = not 0 <= int(at) < array.shape[axis]
+            array = np.zeros_like(np.take(array, 0, axis)) if beyond else np.take(array, int(at), axis)
             continue
         if at.start is None:
             continue

@@ -1,11 +1,14 @@
 """The GPU's attention to packed groups, with no GPU: its threads run on NumPy arrays, beside the reference."""
 
+import importlib
 import types
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from mosaic_emulator import Ref
 from test_kernels_gpu_matmul import _bytes
 from test_kernels_gpu_warps import WORDS, attend, laid, words_for
 
@@ -14,6 +17,9 @@ from pallas_kernels.decode_attention.gpu_operands import Integers
 from pallas_kernels.kivi_attention import gpu_nibbles, reference
 from pallas_kernels.kivi_attention.gpu_nibbles import Nibbles
 from pallas_kernels.tolerance import relative_error
+
+kivi_gpu = importlib.import_module("pallas_kernels.kivi_attention.gpu")  # the packages' `gpu` are their functions
+paged_gpu = importlib.import_module("pallas_kernels.paged_kivi_attention.gpu")
 
 
 def _words(line):
@@ -121,3 +127,75 @@ def test_threads_find_what_the_reference_does(name, monkeypatch):
     assert finite.all() == (length > 0)
     np.testing.assert_allclose(lse[finite], expected_lse[finite], atol=2e-3)
     assert relative_error(out, expected) <= (1e-3 if given["letters"] == "f32" else 4e-3)
+
+
+def _copied(source, slots, stored, refs, b, head, base, end, width):
+    """Return what the copies of a block bring to shared memory."""
+    groups, part = source.groups, min(source.groups.together, slots)
+    memory = {}
+    for name in "kv":
+        grid = (1, slots // groups.size, width) if name == "k" else (1, slots // part, groups.runs, part)
+        shapes = {name: (1, slots // 2, width), f"{name}_scale": grid, f"{name}_offset": grid}
+        memory |= {x: Ref(np.full(shape, 255, stored if x == name else np.float32)) for x, shape in shapes.items()}
+        memory[f"{name}_barrier"] = types.SimpleNamespace(at=[types.SimpleNamespace(arrivals=0)])
+    where = source.find(refs, b, head, jnp.int32(base), jnp.int32(end))
+    for name in "kv":
+        source.copies(refs, memory, name, where, 0)
+        assert memory[f"{name}_barrier"].at[0].arrivals == source.copies_of(slots)
+    return {x: ref.read()[0] for x, ref in memory.items() if "barrier" not in x}
+
+
+def _copy(source, target, barrier):
+    target[...] = source.read()
+    barrier.arrivals += 1
+
+
+@pytest.mark.parametrize("page", [None, 32, 64, 128, 384, 512])
+def test_copies_bring_a_block_and_zeros_past_the_end(page, monkeypatch):
+    """Of all heads and rows, whatever lies beside them."""
+    group, runs, H, K, B, slots = (32, 2, 64, 3, 2, 128) if page != 512 else (256, 1, 128, 2, 2, 256)
+    for module in (kivi_gpu, paged_gpu):
+        fakes = types.SimpleNamespace(copy_gmem_to_smem=_copy)
+        monkeypatch.setattr(module, "plgpu", fakes)
+        monkeypatch.setattr(module, "pl", types.SimpleNamespace(ds=lambda at, n: slice(int(at), int(at) + n)))
+    random, size = np.random.default_rng(0), page or 320
+    M = 3 if page else 1
+    P = 1 + B * M if page else B
+    codes = random.integers(0, 256, (P, 2, K, size // 2, H)).astype(np.uint8)
+    key_grids = random.standard_normal((P, 2, K, size // group, H)).astype(np.float32)
+    value_grids = random.standard_normal((P, 2, K * runs, size)).astype(np.float32)
+    if page:
+        table = random.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+        pages = {"codes": codes, "key_grids": key_grids, "value_grids": value_grids}
+        source = paged_gpu.PackedPages(jax.tree.map(jnp.asarray, pages), jnp.asarray(table), group)
+    else:
+        table = np.arange(B)[:, None]
+        names = ("k", "v"), ("k_scale", "k_offset"), ("v_scale", "v_offset")
+        arrays = {
+            name: x[:, i]
+            for pair, x in zip(names, (codes, key_grids, value_grids), strict=True)
+            for i, name in enumerate(pair)
+        }
+        source = kivi_gpu.Packed(jax.tree.map(jnp.asarray, arrays), group)
+    slots = source.fit(slots)
+    refs = {name: Ref(np.asarray(x)) for name, x in source.arrays.items()}
+    end = M * size - (group if page else 0)
+    for b, head, base in np.ndindex(B, K, -(-end // slots)):
+        found = _copied(source, slots, np.uint8, refs, b, head, base * slots, end, H)
+        pages = np.where(np.arange(M) * size < end, table[b], P)
+
+        def row(x, i, own, each, pages=pages, base=base, head=head):
+            """Return the block's part of a row's pages of array `x`, whose axis `own` has an entry for `each` slots."""
+            whole = np.concatenate([x, np.zeros_like(x[:1])])[pages, i]
+            lines = whole[:, head * runs : (head + 1) * runs] if own == 2 else whole[:, head]
+            joined = np.concatenate(list(lines), axis=-1 if own == 2 else 0)
+            axis = joined.ndim - 1 if own == 2 else 0
+            padded = np.pad(joined, [(0, slots // each if n == axis else 0) for n in range(joined.ndim)])
+            return np.take(padded, np.arange(base * slots // each, (base + 1) * slots // each), axis=axis)
+
+        for i, name in enumerate("kv"):
+            np.testing.assert_array_equal(found[name], row(codes, i, 1, 2))
+        for i, grid in enumerate(("scale", "offset")):
+            np.testing.assert_array_equal(found[f"k_{grid}"], row(key_grids, i, 1, group))
+            values = found[f"v_{grid}"].swapaxes(0, 1).reshape(runs, slots)
+            np.testing.assert_array_equal(values, row(value_grids, i, 2, 1))

@@ -6,7 +6,6 @@ New tokens are written by XLA, in place, before it.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.calls import Interpret, Known
 from pallas_kernels.decode_attention import gpu_warp
 from pallas_kernels.decode_attention.gpu_rows import attend_rows
+from pallas_kernels.paged_decode_attention.gpu_pages import Pages
 from pallas_kernels.paged_decode_attention.reference import append, gather
 
 
@@ -97,8 +97,9 @@ class Paged:
     def fit(self, slots: int) -> int:
         """Return the slots of a block: whole pages, or a part of one."""
         sizes = range(slots, 0, -64)
-        self._slots = next(size for size in sizes if size % self._page == 0 or self._page % size == 0)
-        return self._slots
+        slots = next(size for size in sizes if size % self._page == 0 or self._page % size == 0)
+        self._pages = Pages(self._number, self._page, self._most, slots)
+        return slots
 
     def copies_of(self, slots: int) -> int:
         """Return how many copies a block of keys comes in, its scales' counted."""
@@ -107,21 +108,14 @@ class Paged:
 
     def find(self, refs: dict[str, Any], b: Any, head: Any, base: Any, end: Any) -> Any:
         """Return where the block from slot `base` is: its pages."""
-        page, part = self._page, min(self._page, self._slots)
-        found = []
-        for i in range(self._slots // part):
-            first = base + i * part
-            index = jax.lax.div(first, jnp.int32(page))
-            # A page past the end is none: its number is past the last, where a copy reads zeros and no memory.
-            number = jnp.where(first < end, refs["table"][b, jnp.minimum(index, self._most - 1)], self._number)
-            found.append((number * self._heads + head, first - index * page if page > part else 0))
-        return b, head, base, found
+        found = self._pages.find(refs["table"], b, base, end)
+        return b, head, base, [(number * self._heads + head, inside) for number, inside in found]
 
     def copies(self, refs: dict[str, Any], memory: dict[str, Any], name: str, where: Any, stage: Any) -> None:
         """Start to copy a block of keys, "k", or values, "v", with its scales."""
         b, head, base, pages = where
         to, barrier, scale = memory[name].at[stage], memory[f"{name}_barrier"].at[stage], f"{name}_scale"
-        part = self._slots // len(pages)
+        part = self._pages.part
         width = pl.ds(head * 0, to.shape[1])
         for i, (held, first) in enumerate(pages):
             here, inside = pl.ds(i * part, part), pl.ds(first, part)
@@ -129,5 +123,5 @@ class Paged:
             if scale in refs and not self._gathered:
                 plgpu.copy_gmem_to_smem(refs[scale].at[held, inside], memory[scale].at[stage, here], barrier)
         if scale in refs and self._gathered:
-            slots = pl.ds(base, self._slots)
+            slots = pl.ds(base, self._pages.slots)
             plgpu.copy_gmem_to_smem(refs[scale].at[b, head, slots], memory[scale].at[stage], barrier)

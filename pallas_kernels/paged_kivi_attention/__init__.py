@@ -13,7 +13,8 @@ not this call's; the tokens that are not packed yet are another one, merged by t
 PagedAttention, 2309.06180.)
 """
 
+from pallas_kernels.paged_kivi_attention.gpu import paged_kivi_attention as gpu
 from pallas_kernels.paged_kivi_attention.reference import paged_kivi_attention as reference
 from pallas_kernels.paged_kivi_attention.tpu import paged_kivi_attention as tpu
 
-__all__ = ["reference", "tpu"]
+__all__ = ["gpu", "reference", "tpu"]
