@@ -10,7 +10,7 @@ KERNELS = (  # for TPUs
 )  # fmt: skip
 ON_GPUS = (
     "decode_attention", "quantized_matmul", "paged_decode_attention", "prefill_attention", "kivi_attention",
-    "paged_kivi_attention",
+    "kivi_prefill_attention", "paged_kivi_attention",
     "rms_norm", "rope_append",  # for GPUs alone: XLA for TPU fuses the one, and there a launch costs nothing
 )  # fmt: skip
 ALL = tuple(dict.fromkeys((*KERNELS, *ON_GPUS)))

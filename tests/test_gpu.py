@@ -13,6 +13,8 @@ import profile_gpu_step
 import pytest
 from command import ROOT, TINY, caller
 
+from jaxinfer.cache.kivi import Kivi
+from jaxinfer.cache.packed_attention import packed_attention
 from jaxinfer.cache.paged import Paged
 from jaxinfer.eval import bench
 from jaxinfer.eval.bench import Limits, Workload
@@ -22,7 +24,7 @@ from jaxinfer.ops.einsum import einsum
 from jaxinfer.ops.einsum_integer import einsum_int4_int8, einsum_int8
 from jaxinfer.ops.implementation import describe
 from jaxinfer.passes.quantization.rounding import round_to_nearest
-from pallas_kernels import gpu_bench, gpu_measure, gpus, kivi_attention, targets, tuning
+from pallas_kernels import gpu_bench, gpu_measure, gpus, rms_norm, targets, tuning
 from pallas_kernels.case import Peer
 from pallas_kernels.decode_attention import gpu_rows
 from pallas_kernels.kernels import kernel
@@ -59,8 +61,8 @@ def test_a_gpu_is_known_by_its_kind_and_by_what_is_assumed():
         assert targets.platform() == "cuda" and gpus.target().name == "h200" and "Hopper GPU" in describe()
     with pytest.raises(ValueError, match="gpu='a100': must be one of h100, h200"):
         gpus.assume("a100")
-    with gpus.assume("h100"), pytest.raises(NotImplementedError, match="kivi_attention: has no kernel for GPUs"):
-        targets.kernel(kivi_attention)
+    with pytest.raises(NotImplementedError, match="rms_norm: has no kernel for TPUs"):
+        targets.kernel(rms_norm)
 
 
 @pytest.mark.parametrize(("qtype", "group"), [("int8", None), ("int4", 128), ("uint4", 32)])
@@ -117,6 +119,17 @@ def test_prompts_for_cudnn_are_masked_as_they_are_for_xla(monkeypatch):
         error = np.abs(np.asarray(found - expected, np.float32))[there]
         assert error.max() < 0.03 and np.isfinite(np.asarray(found, np.float32)).all()
     assert called == ["cudnn", "cudnn"]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 256])
+@pytest.mark.parametrize("options", [{}, {"page": 64}, {"group": 64, "residual": 32}], ids=str)
+def test_attention_over_packed_groups_is_a_kernel(tokens, options):
+    layer = jax.eval_shape(lambda: Kivi(**options).create(2, 1024, 2, 128, jnp.bfloat16))
+    attend = functools.partial(packed_attention, residual=32, scale=0.1, window=None, softcap=None)
+    args = struct(2, tokens, 8, 128), layer.groups, struct(2, tokens, dtype=jnp.int32)
+    assert CALL in lowered(attend, *args)
+    two = jax.eval_shape(lambda: Kivi(bits=2).create(2, 1024, 2, 128, jnp.bfloat16))
+    assert CALL not in lowered(attend, args[0], two.groups, args[2])
 
 
 def test_attention_over_pages_is_a_kernel():

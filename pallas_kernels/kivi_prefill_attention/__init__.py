@@ -12,7 +12,8 @@ the groups that are packed for it, which depends on its position alone. Scale, s
 `prefill_attention`; the newer tokens are another call, and the two are merged by their lse. (KIVI, 2402.02750.)
 """
 
+from pallas_kernels.kivi_prefill_attention.gpu import kivi_prefill_attention as gpu
 from pallas_kernels.kivi_prefill_attention.reference import kivi_prefill_attention as reference
 from pallas_kernels.kivi_prefill_attention.tpu import kivi_prefill_attention as tpu
 
-__all__ = ["reference", "tpu"]
+__all__ = ["gpu", "reference", "tpu"]

@@ -7,7 +7,7 @@ import numpy as np
 
 from pallas_kernels.case import Case, Kernel
 from pallas_kernels.kivi_attention.cases import packed, spoil
-from pallas_kernels.kivi_prefill_attention import reference, tpu
+from pallas_kernels.kivi_prefill_attention import gpu, reference, tpu
 from pallas_kernels.kivi_prefill_attention.tpu import shape_class
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -79,4 +79,25 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
     return [{"queries": queries, "slots": 512, "rows": 512, "buffers": 2} for queries in (512, 1024)]
 
 
-KERNEL = Kernel("kivi_prefill_attention", tpu, reference, TESTS, TIMED, candidates, shape_class)
+GPU_TESTS = [  # groups of 32, which are the default of a cache
+    case("group_32", 2, 300, 2, 4, 512, 128, [0, 200], group=32, runs=4, return_lse=True),
+    case("group_32_window", 1, 200, 1, 2, 512, 64, [300], group=32, residual=40, runs=2, window=150),
+]
+
+GPU_TIMED = [
+    case("g4_t1024_s8192", 1, 1024, 8, 4, 8192, 128, [7168], group=32, runs=4),
+    case("g4_s8192", 1, 8192, 8, 4, 8192, 128, [0], group=32, runs=4),
+]
+
+KERNEL = Kernel(
+    "kivi_prefill_attention",
+    tpu,
+    reference,
+    TESTS,
+    TIMED,
+    candidates,
+    shape_class,
+    gpu=gpu,
+    gpu_timed=GPU_TIMED,
+    gpu_tests=GPU_TESTS,
+)

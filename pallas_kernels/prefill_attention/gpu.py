@@ -12,6 +12,7 @@ from pallas_kernels import compat, gpus
 from pallas_kernels.calls import Interpret, Known, round_up, scalar_math
 from pallas_kernels.prefill_attention.gpu_body import REGISTERS, body, scratch
 from pallas_kernels.prefill_attention.gpu_plan import ROWS, Plan, together
+from pallas_kernels.prefill_attention.reach import Packed
 from pallas_kernels.prefill_attention.tpu import check
 
 HEADS = (64, 128, 256)  # head dims
@@ -53,6 +54,41 @@ def prefill_attention(
         ValueError: what does not belong together; blocks that need too much shared memory.
     """
     check(q, k, position, starts, window, sinks, counts, lists, sparse_block, k_scale, v_scale)
+    return attend_slots(
+        "prefill_attention", q, k, v, scale=scale, position=position, length=length, starts=starts, window=window,
+        sinks=sinks, softcap=softcap, counts=counts, lists=lists, sparse_block=sparse_block, k_scale=k_scale,
+        v_scale=v_scale, return_lse=return_lse, blocks=blocks, interpret=interpret,
+    )  # fmt: skip
+
+
+def attend_slots(
+    name: str,
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    position: Int[Known, "B"] | None,
+    length: Int[Known, "B"] | None,
+    starts: Int[Known, "B _"] | None = None,
+    window: int | None,
+    sinks: int = 0,
+    softcap: float | None,
+    counts: Int[Known, "B X _"] | None = None,
+    lists: Int[Known, "B X _ most"] | None = None,
+    sparse_block: tuple[int, int] | None = None,
+    k_scale: Float[Array, "B K S"] | None = None,
+    v_scale: Float[Array, "B K S"] | None = None,
+    return_lse: bool,
+    blocks: dict[str, int] | None,
+    interpret: Interpret,
+    packed: Packed | None = None,
+):
+    """Return the attention of a call that is checked, or (output, log-sum-exp); `packed`: of packed groups' tokens.
+
+    Raises:
+        NotImplementedError, ValueError: as `prefill_attention` does.
+    """
     head = q.shape[3]
     q, k, v = _prepared(q, k, v, k_scale, v_scale)
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
@@ -63,7 +99,7 @@ def prefill_attention(
     plan = Plan(
         B, T, S, N, K, queries, slots, window, sinks, starts is not None,
         None if lists is None else (lists.shape[1], lists.shape[3]), sparse_block,
-        any(x is not None for x in (length, starts, lists)), together(B * K, 4 * H, S),
+        any(x is not None for x in (length, starts, lists)), together(B * K, 4 * H, S), packed,
     )  # fmt: skip
     plan = dataclasses.replace(plan, processors=min(chosen.get("processors") or plan.all_tiles, plan.all_tiles))
 
@@ -89,7 +125,7 @@ def prefill_attention(
     memory = scratch(plan, H, q.dtype, stages, return_lse, apart)
     found = compat.gpu_kernel(
         functools.partial(body, names=[*arrays, *results], plan=plan, scale=scale, softcap=softcap, memory=memory),
-        name="prefill_attention",
+        name=name,
         out_type=tuple(results.values()),
         grid=(plan.processors,),
         grid_names=("processor",),

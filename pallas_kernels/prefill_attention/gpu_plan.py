@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.calls import div, rem
+from pallas_kernels.prefill_attention.reach import Packed, reach
 
 ROWS = 64  # queries of a warpgroup: what its matrix instruction takes
 TILE = 64  # lanes of a tile in shared memory
@@ -31,6 +32,7 @@ class Plan:
     sparse_block: tuple[int, int] | None = None
     bounded: bool = True  # `length` may be less than S, of a row or of a block of queries
     together: int = 1  # key heads, of whatever rows, whose blocks run together
+    packed: Packed | None = None  # where slots are those of packed groups
     processors: int = 1  # that share the tiles: a block of queries of a head is one
 
     @property
@@ -94,7 +96,9 @@ class Items:
             length = jnp.where(count > 0, length, 0)  # one block is read whatever there is, and hidden
             self.total = jnp.maximum(count * self._parts, 1)
         self.length = length
-        self._high = jnp.maximum(jnp.minimum(self.at + 1, length), 0)  # the least that a query sees up to
+        self._high = jnp.maximum(
+            jnp.minimum(reach(self.at, plan.packed), length), 0
+        )  # the least that a query sees up to
         low = high = jnp.int32(0)  # the least and the most slot that a query sees from
         if plan.ragged:
             low, high = refs["low_min"][b * plan.blocks + i], refs["low_max"][b * plan.blocks + i]
@@ -104,7 +108,7 @@ class Items:
         self._low = high
         if plan.lists is not None:
             return
-        end = div(jnp.maximum(jnp.minimum(last + 1, length), 0) + slots - 1, slots)
+        end = div(jnp.maximum(jnp.minimum(reach(last, plan.packed), length), 0) + slots - 1, slots)
         first = div(low, slots)
         self._last = jnp.maximum(end - 1, 0)
         self._count = jnp.maximum(end - first, 0)
@@ -138,7 +142,8 @@ class Items:
         `low`: where the sequence of each begins.
         """
         plan = self._plan
-        end = jnp.minimum(at + 1, self.length) if plan.bounded else at + 1
+        end = reach(at, plan.packed)
+        end = jnp.minimum(end, self.length) if plan.bounded else end
         if plan.window is not None:
             first = at - plan.window + 1
             low = first if low is None else jnp.maximum(low, first)

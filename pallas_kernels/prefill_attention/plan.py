@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.calls import Known, div, rem, scalar_math
+from pallas_kernels.prefill_attention.reach import Packed, reach
 
 SMEM_ENTRIES = 1 << 16  # scalars of block lists: 256 KiB, which every chip's SMEM holds beside the rest
 
@@ -26,7 +27,7 @@ class Plan:
     sinks: int
     sequences: int | None  # boundaries a row where it is ragged
     most: int | None  # blocks in a list where it is sparse
-    packed: tuple[int, int] | None = None  # a group's tokens and the residual, where slots are those of packed groups
+    packed: Packed | None = None  # where slots are those of packed groups
 
     @property
     def blocks(self) -> int:
@@ -35,10 +36,7 @@ class Plan:
 
     def reach(self, at: Any) -> Any:
         """Return the slot that a query at a position sees up to, not included."""
-        if self.packed is None:
-            return at + 1
-        group, residual = self.packed
-        return div(jnp.maximum(at + 1 - residual, 0), group) * group
+        return reach(at, self.packed)
 
     def scalars(
         self,
