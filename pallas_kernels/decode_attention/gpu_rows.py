@@ -106,18 +106,22 @@ def check(queries: Any, stored: Any, scales: Any, H: int, groups: Groups | None 
         raise NotImplementedError(f"q of {queries}: must be bfloat16 or float16 on a GPU")
     if scales is None and stored not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"a cache of {stored} without scales: must be bfloat16 or float16 on a GPU")
-    if groups is not None and (scales not in (jnp.bfloat16, jnp.float32) or H % 64 or H // groups.runs % 32):
-        raise NotImplementedError(
-            f"H={H} in {groups.runs} runs with grids of {scales}: heads must be multiples of 64 on a GPU, runs of 32 "
-            "channels, grids bfloat16 or float32"
-        )
-    if groups is not None and groups.size not in (32, 64, 128, 256):
-        raise NotImplementedError(f"group={groups.size}: must be 32, 64, 128 or 256 tokens on a GPU")
-    if groups is None and scales is not None and stored not in (jnp.int8, jnp.float8_e4m3fn):
+    if groups is not None:
+        _check_groups(groups, scales, H)
+    elif scales is not None and stored not in (jnp.int8, jnp.float8_e4m3fn):
         raise NotImplementedError(f"a cache of {stored} with scales: must be int8 or float8_e4m3fn on a GPU")
     if H > 256:
         raise NotImplementedError(f"H={H}: must be at most 256 on a GPU")
     swizzle(H, queries), swizzle(H, stored)
+
+
+def _check_groups(groups: Groups, grids: Any, H: int) -> None:
+    if grids not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"grids of {grids}: must be bfloat16 or float32 on a GPU")
+    if H % 64 or H // groups.runs % 32:
+        raise NotImplementedError(f"H={H} in {groups.runs} runs: must be a multiple of 64, and runs of 32, on a GPU")
+    if groups.size not in (32, 64, 128, 256):
+        raise NotImplementedError(f"group={groups.size}: must be 32, 64, 128 or 256 tokens on a GPU")
 
 
 def block_class(stored: Any, heads: int, rows: int, capacity: int, H: int) -> dict[str, int | str]:
