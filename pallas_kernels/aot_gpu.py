@@ -2,7 +2,8 @@
 
     python -m pallas_kernels.aot_gpu [--kernels decode_attention,...] [--cases NAME,...] [--timed]
 
-prints one JSON line a case: its kernels, the most registers a thread and the bytes spilled; or the error. Needs jax's
+prints one JSON line a case: its kernels, the most registers a thread, the bytes spilled, and how many kernels' products
+the assembler has wait for each other; or the error. Needs jax's
 CUDA plugin of the version of jax, no driver: pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 (with --no-deps --target FOLDER, and FOLDER on PYTHONPATH, to keep them apart). In a process of its own: the compiler
 reads its variables once.
@@ -68,6 +69,7 @@ def compile_case(kernel: Any, case: Any, dump: Path) -> dict[str, Any]:
         "calls": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
         "registers": max((int(n) for n in _USED.findall(said)), default=None),
         "spilled": sum(int(a) + int(b) for a, b in _SPILLS.findall(said)),
+        "serialized": said.count("wgmma.mma_async instructions are serialized"),
         "aliased": len(re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", text)),
     }
 

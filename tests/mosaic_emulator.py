@@ -64,6 +64,19 @@ class Ref:
         target[tuple(inside)] = value[tuple(cut)]
 
 
+class _Transposed:
+    """A matrix with its axes exchanged."""
+
+    def __init__(self, ref):
+        self._ref = ref
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self._ref.read().T, dtype)
+
+    def __setitem__(self, index, value):
+        self._ref[index] = np.asarray(value).T
+
+
 class _At:
     def __init__(self, ref):
         self._ref = ref
@@ -141,13 +154,19 @@ class _Acc:
 
 
 def _wgmma(acc, a, b):
-    a, b = (jnp.asarray(x.read() if isinstance(x, Ref) else x).astype(jnp.float32) for x in (a, b))
+    a, b = (jnp.asarray(x.read() if isinstance(x, Ref) else np.asarray(x)).astype(jnp.float32) for x in (a, b))
     acc.value += jnp.dot(a, b, precision="highest")
+
+
+def _nothing(shape, dtype):
+    """Return what nobody has written: NaN, or of integers the largest."""
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    return np.full(shape, jnp.iinfo(dtype).max if whole else np.nan, dtype)
 
 
 def _copy_in(source, target, barrier):
     found = source.read().copy()
-    target[...] = np.full(target.shape, np.nan, target.dtype)
+    target[...] = _nothing(target.shape, target.dtype)
 
     def land():
         target[...] = found
@@ -168,7 +187,7 @@ def _run_state(body):
             return state.value
         refs = [x if isinstance(x, _Acc) else Ref(np.array(x)) for x in state]
         body(refs)
-        return [x.value if isinstance(x, _Acc) else x[...] for x in refs]
+        return tuple(x.value if isinstance(x, _Acc) else x[...] for x in refs)
 
     return run
 
@@ -180,18 +199,18 @@ def _fori_loop(start, end, body, carry):
 
 
 _plgpu = types.SimpleNamespace(
-    SMEM=lambda shape, dtype, transforms=(): Ref(np.full(shape, np.nan, dtype)),
+    SMEM=lambda shape, dtype, transforms=(): Ref(_nothing(shape, dtype)),
     Barrier=Barrier,
     ACC=_Acc,
     TilingTransform=lambda tiling: None,
     SwizzleTransform=lambda swizzle: None,
-    Layout=types.SimpleNamespace(WGMMA=types.SimpleNamespace(reduce=lambda axis: None)),
+    Layout=types.SimpleNamespace(WGMMA=types.SimpleNamespace(reduce=lambda axis: None), WGMMA_TRANSPOSED=None),
     layout_cast=lambda x, layout: x,
     broadcasted_iota=lambda dtype, shape, axis, layout: jax.lax.broadcasted_iota(dtype, shape, axis),
     set_max_registers=lambda count, action: None,
     copy_gmem_to_smem=_copy_in,
     copy_smem_to_gmem=lambda source, target: target.__setitem__(Ellipsis, source.read()),
-    wait_smem_to_gmem=lambda count: None,
+    wait_smem_to_gmem=lambda count, wait_read_only=False: None,
     commit_smem=lambda: None,
     barrier_wait=lambda barrier: barrier.wait(),
     barrier_arrive=lambda barrier: barrier.arrive(),
@@ -211,14 +230,15 @@ _lax = types.SimpleNamespace(
     optimization_barrier=lambda x: x,
     broadcast_in_dim=jax.lax.broadcast_in_dim,
     div=jax.lax.div,
+    rem=jax.lax.rem,
 )
 
 
 def _kernel(memory):
-    def make(body, *, name, out_type, grid, grid_names, num_threads, thread_name, interpret):
+    def make(body, *, name, out_type, grid, grid_names, num_threads, thread_name, interpret=False):
         def run(*arrays):
             refs = [Ref(np.array(x)) for x in arrays]
-            refs += [Ref(np.full(x.shape, np.nan, x.dtype)) for x in out_type]
+            refs += [Ref(_nothing(x.shape, x.dtype)) for x in out_type]
             for at in np.ndindex(*grid):
                 held, failures = memory(), []
 
@@ -258,7 +278,7 @@ def emulated(launch: Any, *bodies: Any) -> Iterator[None]:
         for module, name, value in (
             *((body, name, value) for body in bodies for name, value in named),
             (launch, "scratch", remember),
-            (launch.compat, "transposed", lambda ref: ref.read().T),
+            (launch.compat, "transposed", _Transposed),
             (launch.compat, "load", lambda ref, layout: ref[...]),
             (launch.compat, "gpu_kernel", _kernel(lambda: held[0]())),
         ):

@@ -71,7 +71,8 @@ def test_products_with_quantized_weights_are_the_kernels(qtype, group):
     product = functools.partial(einsum, "btd,fd->btf")
     assert CALL in lowered(product, struct(2, 3, 512), weight)
     assert CALL not in lowered(product, struct(2, 3, 512, dtype=jnp.float32), weight)  # its units are of 16 bits
-    assert CALL not in lowered(product, struct(2, 40, 512), weight)  # many rows are XLA's
+    assert CALL not in lowered(product, struct(2, 40, 512), weight)  # many rows are XLA's, unless another is named
+    assert CALL in lowered(functools.partial(product, implementation="pallas"), struct(2, 40, 512), weight)
 
 
 def test_products_of_integers_are_the_kernels():

@@ -19,7 +19,7 @@ def worth(
     """Return the implementation that is named, or "xla" where it takes less time for this many rows than the kernel.
 
     By static estimates of 4096 x 4096 weights: with many rows the products take the time, and not the codes' bytes. A
-    GPU's kernel is for few rows alone. `integers`: the product is one of int8 by int8, with one scale a row.
+    GPU's kernel of many rows has not been timed. `integers`: the product is one of int8 by int8, with one scale a row.
     """
     if targets.platform() == "cuda":
         most = 0 if integers else _ROWS_OF_BYTES  # XLA's takes 0.86 to 0.94 of the kernel's time on an H100

@@ -11,6 +11,8 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.quantized_matmul.gpu_words import (
     add,
+    as_float,
+    as_word,
     both,
     carried,
     differ,
@@ -19,6 +21,7 @@ from pallas_kernels.quantized_matmul.gpu_words import (
     less,
     number,
     onward,
+    pair,
     picked,
     plus,
     pointer,
@@ -37,9 +40,9 @@ from pallas_kernels.quantized_matmul.gpu_words import meet as meet_cluster
 from pallas_kernels.quantized_matmul.gpu_words import product as multiplied
 
 __all__ = [
-    "add", "both", "carried", "differ", "either", "fma", "less", "meet_cluster", "multiplied", "number", "onward",
-    "picked", "plus", "pointer", "quotient", "read", "real", "remainder", "right", "several", "thread", "times",
-    "uncarried", "width",
+    "add", "as_float", "as_word", "both", "carried", "differ", "either", "fma", "less", "meet_cluster", "multiplied",
+    "number", "onward", "picked", "plus", "pointer", "quotient", "read", "real", "remainder", "right", "several",
+    "thread", "times", "uncarried", "width",
 ]  # fmt: skip
 
 
@@ -117,16 +120,6 @@ def halves_of(codes: Any) -> tuple[Any, Any]:
     return llvm.extractvalue(i32, found, [0]), llvm.extractvalue(i32, found, [1])
 
 
-def as_float(word: Any) -> Any:
-    """Return the float that has the bits of a word."""
-    return arith.bitcast(ir.F32Type.get(), word)
-
-
-def as_word(value: Any) -> Any:
-    """Return the bits of a float."""
-    return arith.bitcast(_i32(), value)
-
-
 def to_float(word: Any) -> Any:
     """Return a signed number as a float."""
     return arith.sitofp(ir.F32Type.get(), word)
@@ -134,12 +127,12 @@ def to_float(word: Any) -> Any:
 
 def pair_of(low: Any, high: Any) -> Any:
     """Return two floats as bfloat16, in a word."""
-    return _asm(_i32(), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
+    return pair("bf16", low, high)
 
 
 def half_pair_of(low: Any, high: Any) -> Any:
     """Return two floats as float16, in a word."""
-    return _asm(_i32(), "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
+    return pair("f16", low, high)
 
 
 def floats(array: Any) -> list[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels.case import Case, Kernel, Peer
 from pallas_kernels.quantized_matmul import gpu, reference, tpu
-from pallas_kernels.quantized_matmul.gpu_plan import block_class
+from pallas_kernels.quantized_matmul.gpu_plan import MOST_ROWS, block_class
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, codes, dequantize
 from pallas_kernels.quantized_matmul.tpu import shape_class
 
@@ -31,6 +31,7 @@ def case(
     x: np.ndarray | None = None,
     values: np.ndarray | None = None,
     blocks: dict[str, int] | None = None,
+    gpu_blocks: dict[str, int] | None = None,
     **options: Any,
 ) -> Case:
     """Return a case; `group` is None for one scale an output, `scales` the dtype of scale and offset."""
@@ -54,6 +55,7 @@ def case(
         int8=options.get("activations") == "int8",
         races=name in RACES,
         blocks={"rows": 64, "outputs": 128, "copies": 2, "lanes": 128} | (blocks or {}),
+        gpu_blocks=gpu_blocks,
     )
 
 
@@ -104,6 +106,25 @@ TESTS = [
 ]
 
 
+W16, W4 = {"scales": BF16}, {"scales": BF16, "offset": True}
+GPU_TESTS = [  # more than 64 rows: rows and outputs that fill no block, groups of every kind
+    case("many_int8", 200, 256, 320, "int8"),
+    case("many_int8_groups_32", 130, 192, 128, "int8", 32, **W16),
+    case("many_int8_groups_64", 65, 256, 64, "int8", 64),
+    case("many_fp8", 100, 128, 192, "float8_e4m3fn", **W16),
+    case("many_int4", 100, 384, 320, "int4"),
+    case("many_int4_groups_32", 130, 384, 192, "int4", 32, **W16),
+    case("many_int4_groups_128", 300, 512, 448, "int4", 128, **W16),
+    case("many_int4_groups_128_f32", 100, 512, 128, "int4", 128),
+    case("many_uint4_offset", 90, 256, 192, "uint4", 64, **W4),
+    case("many_uint4_offset_whole", 90, 256, 192, "uint4", offset=True),
+    case("many_splits", 80, 1408, 128, "int8", 128, gpu_blocks={"splits": 3, "outputs": 64, "stages": 3}, **W16),
+    case("many_splits_int4", 80, 1408, 192, "int4", 128, gpu_blocks={"splits": 2, "outputs": 128}, **W16),
+    case("many_outputs_256", 140, 256, 320, "int4", 64, gpu_blocks={"outputs": 256}, **W16),
+    case("many_rows_256", 600, 128, 192, "int8", gpu_blocks={"outputs": 128, "rows": 256, "stages": 2}),
+]
+
+
 def _real(M: int, O: int, qtype: str, group: int | None = None, **options: Any) -> Case:
     form = ("w4" if qtype in FOUR_BIT else "fp8" if qtype == "float8_e4m3fn" else "w8") + (
         "a8" if "activations" in options else "a16"
@@ -140,9 +161,13 @@ GPU_SIZES = [
     *((form, 1, 4096, O) for form in ("w8a16", "w4a16") for O in (4096, 6144, 28672, 128256)),
     *((form, 16, 4096, O) for form in ("w8a16", "w4a16") for O in (4096, 6144, 28672)),
 ]
+MANY = [
+    *((form, M, 4096, 14336) for form in ("w8a16", "w4a16") for M in (64, 256, 1024)),
+    *((form, 1024, 14336, 4096) for form in ("w8a16", "w4a16")),
+]
 GPU_TIMED = [
     case(f"{form}_m{M}_i{I}_o{O}", M, I, O, FORMS[form][0], FORMS[form][1], **FORMS[form][2])
-    for form, M, I, O in GPU_SIZES
+    for form, M, I, O in (*GPU_SIZES, *MANY)
 ]
 
 
@@ -159,9 +184,14 @@ def candidates(case: Case, chip: str) -> list[dict[str, int]]:
 
 
 def gpu_candidates(case: Case) -> list[dict[str, int]]:
-    """Return blocks to try: one to four a processor, with 8 to 32 KiB a step and 48 to 100 KiB on the way to each."""
+    """Return blocks to try: one to four a processor, with 8 to 32 KiB a step and 48 to 100 KiB on the way to each.
+
+    Of many rows those of the kernel for them, which those of 64 are worth, too.
+    """
     M, (O, held) = case.shapes["x"].shape[0], case.shapes["values"].shape
-    found: list[dict[str, int]] = []
+    found: list[dict[str, int]] = [] if M < MOST_ROWS or case.int8 else _of_many(M)
+    if M > MOST_ROWS:
+        return found
     for outputs, lines, deep, stages, blocks in (
         (64, 2, 4, 4, 3), (128, 1, 2, 3, 4), (128, 1, 2, 4, 3), (64, 1, 2, 6, 4), (32, 2, 4, 6, 4), (32, 4, 4, 3, 4),
         (16, 4, 4, 6, 2),
@@ -174,6 +204,19 @@ def gpu_candidates(case: Case) -> list[dict[str, int]]:
             found.append(blocks)
     found += [{**blocks, "cluster": 1} for blocks in found[1:2] if blocks["splits"] > 1]
     return [*found, *({"outputs": 0, "lines": 2, "deep": 4, "stages": stages, "splits": 1} for stages in (2, 3))]
+
+
+def _of_many(M: int) -> list[dict[str, int]]:
+    """Return blocks of 64 to 256 outputs, with as much shared memory as two of them or one may have."""
+    sizes = (
+        ((128, 64, 4), (256, 64, 4), (64, 64, 4)) if M <= MOST_ROWS else ((256, 128, 4), (128, 128, 4), (128, 256, 2))
+    )
+    splits = (1, 2, 4) if M <= MOST_ROWS else (1,)
+    return [
+        {"outputs": outputs, "rows": rows, "stages": stages, "splits": n}
+        for outputs, rows, stages in sizes
+        for n in splits
+    ]
 
 
 def _xla(x, values, scale, *, qtype, offset=None, activations=None, blocks=None):
@@ -218,5 +261,5 @@ def _bf16_bytes(case: Case) -> float:
 KERNEL = Kernel(
     "quantized_matmul", tpu, reference, TESTS, TIMED, candidates, shape_class, {"xla": _xla, "bf16": _bf16},
     {"bf16": _bf16_bytes}, gpu=gpu, gpu_candidates=gpu_candidates, gpu_class=block_class,
-    gpu_peers={"xla": _xla, "bf16": Peer(_widened, _float_product)}, gpu_timed=GPU_TIMED,
+    gpu_peers={"xla": _xla, "bf16": Peer(_widened, _float_product)}, gpu_timed=GPU_TIMED, gpu_tests=GPU_TESTS,
 )  # fmt: skip

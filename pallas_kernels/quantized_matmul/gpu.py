@@ -5,6 +5,7 @@ some outputs, and some of the inputs where there are too few outputs for every p
 copies ahead of it. A group's sum is kept apart and scaled in float32. See `gpu_registers` for the work of a thread.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import calls, gpus
-from pallas_kernels.quantized_matmul import gpu_copies, gpu_registers, gpu_sums, gpu_words
-from pallas_kernels.quantized_matmul.gpu_plan import Plan, check, plan_for
+from pallas_kernels import calls, gpus, tuning
+from pallas_kernels.quantized_matmul import gpu_copies, gpu_many, gpu_many_plan, gpu_registers, gpu_sums, gpu_words
+from pallas_kernels.quantized_matmul.gpu_plan import MOST_ROWS, Plan, block_class, check, plan_for
 from pallas_kernels.quantized_matmul.gpu_tile import LINE, Lane, Tile
 
 
@@ -31,12 +32,12 @@ def quantized_matmul(
     blocks: dict[str, int] | None = None,
     interpret: calls.Interpret = False,
 ) -> Float[Array, "M O"]:
-    """Return what the contract of this folder says, of 64 rows at most; x is bfloat16 or float16.
+    """Return what the contract of this folder says; x is bfloat16 or float16.
 
     `blocks`: outputs a block (0: as many as divide them evenly over the processors), lines of 128 bytes of each a step
     (1, 2 or 4), `deep`: the warps of the four that share outputs (1, 2 or 4), stages of the ring, and splits of the
     inputs over blocks, whose sums XLA adds up, or they do as a cluster of up to 8 (`cluster` 1); by default what fills
-    the GPU.
+    the GPU. More than 64 rows, and blocks with `rows`, are another kernel's: see `gpu_many_plan.plan_for`.
 
     Raises:
         NotImplementedError: a qtype, dtype, number of rows, or groups, that the kernel does not know.
@@ -46,12 +47,32 @@ def quantized_matmul(
         raise NotImplementedError("interpret: the kernel is written in the GPU's instructions")
     M, O = x.shape[0], values.shape[0]
     check(x, values, scale, offset, qtype, activations)
+    many = _of_many(x, values, scale, qtype, offset, activations, blocks)
+    if many is not None:
+        return gpu_many.multiply(many, x, values, scale, offset)
     plan = plan_for(x, values, scale, qtype, offset is not None, activations, blocks, gpus.current())
     tile = plan.tile
     x, scales = prepared(tile, x, scale, offset)
     out = jax.ShapeDtypeStruct((plan.parts, M, O), x.dtype if plan.parts == 1 else jnp.float32)
     parts = _call(plan, x, values, scales, out)
     return parts.reshape(M, O) if plan.parts == 1 else parts.sum(axis=0).astype(x.dtype)
+
+
+def _of_many(
+    x: Any, values: Any, scale: Any, qtype: str, offset: Any, activations: str | None, blocks: dict[str, int] | None
+) -> gpu_many_plan.Plan | None:
+    """Return the plan of the kernel of many rows, or None: there are few, and no `rows` of a block are asked for."""
+    cut = functools.partial(gpu_many_plan.plan_for, x, values, scale, qtype, offset, gpu=gpus.current())
+    shape = block_class(x, values, scale, qtype=qtype, activations=activations)
+    given = blocks or tuning.gpu_blocks("quantized_matmul", gpus.current().name, shape)
+    if x.shape[0] <= MOST_ROWS and "rows" not in given:
+        return None
+    try:
+        return cut(given)
+    except (NotImplementedError, ValueError):
+        if blocks or not given:
+            raise
+    return cut({}) if x.shape[0] > MOST_ROWS else None  # measured for a near shape, they do not fit here
 
 
 def _call(plan: Plan, x: Array, values: Array, scales: dict[str, Array], out: Any) -> Array:

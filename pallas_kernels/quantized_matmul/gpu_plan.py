@@ -14,7 +14,7 @@ from pallas_kernels.quantized_matmul.gpu_tile import BANKS, CHUNK, LINE, Tile
 from pallas_kernels.quantized_matmul.reference import FOUR_BIT, QTYPES
 
 LETTERS = {"bfloat16": "bf16", "float16": "f16"}
-MOST_ROWS = 64  # with more, the products take longer than the copies, and XLA makes them faster
+MOST_ROWS = 64  # with more, the products take longer than the copies: the larger matrix instruction makes them
 CLUSTER = 8  # blocks at most
 MOST_SPLITS = 8
 BARRIERS = 1024  # bytes of shared memory
@@ -62,7 +62,7 @@ def plan_for(
         return cut(usual | blocks, "stages" in blocks)
     shape = block_class(x, values, scale, qtype=qtype, activations=activations)
     tuned = tuning.gpu_blocks("quantized_matmul", gpu.name, shape)
-    if tuned:
+    if tuned and "rows" not in tuned:
         with contextlib.suppress(NotImplementedError, ValueError):  # measured for a near shape, they may not fit here
             return cut(usual | {"resident": 1} | tuned, False)
     return cut(usual, False)
@@ -112,7 +112,7 @@ def block_class(
 ) -> dict[str, int | str]:
     """Return the key of the table of blocks: the form and about how many rows, inputs a group, inputs and outputs."""
     M, I = x.shape
-    rows = next(most for most in (1, 8, 16, MOST_ROWS) if most >= M)
+    rows = next((most for most in (1, 8, 16, MOST_ROWS, 256) if most >= M), 1024)
     form = f"{qtype}_{activations or jnp.dtype(x.dtype).name}_m{rows}"
     return {"form": form, "group": I // scale.shape[0], "I": I, "O": values.shape[0]}
 
@@ -175,8 +175,8 @@ def check(x, values, scale, offset, qtype, activations) -> None:
     O, held = values.shape
     G = scale.shape[0]
     planes = 2 if qtype in FOUR_BIT else 1
-    if M > MOST_ROWS:
-        raise NotImplementedError(f"{M} rows: at most {MOST_ROWS}")
+    if M > MOST_ROWS and activations is not None:
+        raise NotImplementedError(f"{M} rows of integers: at most {MOST_ROWS}")
     if held * planes != I or scale.shape[1] != O or I % G or (offset is not None and offset.shape != scale.shape):
         shapes = [v.shape for v in (x, values, scale, offset) if v is not None]
         raise ValueError(f"x, values, scale, offset of {shapes}: must be [M, I], [O, bytes], [G, O], [G, O]")

@@ -11,14 +11,30 @@ BANKS = 8  # chunks of a line: of output or row r chunk c lies at c ^ r % 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
+class Form:
+    """What codes are, and which floats become of them."""
+
+    qtype: str
+    letters: str  # of x's dtype, as PTX names it
+
+    @property
+    def planes(self) -> int:
+        """Codes in a byte."""
+        return 2 if self.qtype in ("int4", "uint4") else 1
+
+    @property
+    def late(self) -> bool:
+        """Whether the floats that are made of codes are some constant too large, which is taken away later."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile(Form):
     """What a block multiplies in a step: `lines` of `outputs` against `rows` of x.
 
     Of its four warps `deep` share outputs, and each takes a part of the step's inputs: x is read once for many outputs.
     """
 
-    qtype: str
-    letters: str  # of x's dtype, as PTX names it
     outputs: int  # a multiple of 64 / deep
     rows: int  # 1, 2, 4 or a multiple of 8
     lines: int  # 1, 2 or 4
@@ -28,11 +44,6 @@ class Tile:
     whole: bool  # there is one group
     offset: bool
     rounded: bool  # x is in steps
-
-    @property
-    def planes(self) -> int:
-        """Codes in a byte."""
-        return 2 if self.qtype in ("int4", "uint4") else 1
 
     @property
     def strips(self) -> int:

@@ -95,6 +95,30 @@ def pairwise(op: str, letters: str, a: Any, b: Any) -> Any:
     return _word(f"{op}.{letters}x2 $0, $1, $2;", a, number(b) if isinstance(b, int) else b)
 
 
+def pair_fma(letters: str, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c of words of two floats each, rounded once."""
+    text = f"fma.rn.{letters}x2 $0, $1, $2, $3;"
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [a, b, c], text, "=r,r,r,r", asm_dialect=0, has_side_effects=False)
+
+
+def pair(letters: str, low: Any, high: Any) -> Any:
+    """Return two floats rounded to what the letters name, in a word."""
+    text, i32 = f"cvt.rn.{letters}x2.f32 $0, $2, $1;", ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [low, high], text, "=r,f,f", asm_dialect=0, has_side_effects=False)
+
+
+def unpaired(letters: str, word: Any) -> tuple[Any, Any]:
+    """Return the two floats of a word."""
+    f32 = ir.F32Type.get()
+    if letters == "bf16":
+        return arith.bitcast(f32, right(word, -16)), arith.bitcast(f32, both(word, 0xFFFF0000))
+    text = "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+    two = llvm.StructType.get_literal([f32, f32])
+    found = llvm.inline_asm(two, [word], text, "=f,=f,r", asm_dialect=0, has_side_effects=False)
+    return llvm.extractvalue(f32, found, [0]), llvm.extractvalue(f32, found, [1])
+
+
 def fma(a: Any, b: Any, c: Any) -> Any:
     """Return a * b + c, rounded once."""
     text = "fma.rn.f32 $0, $1, $2, $3;"
@@ -192,6 +216,16 @@ def write(address: Any, value: Any, size: int, letters: str, wanted: Any) -> Non
         asm_dialect=0,
         has_side_effects=True,
     )
+
+
+def as_float(word: Any) -> Any:
+    """Return the float that has the bits of a word."""
+    return arith.bitcast(ir.F32Type.get(), word)
+
+
+def as_word(value: Any) -> Any:
+    """Return the bits of a float."""
+    return arith.bitcast(ir.IntegerType.get_signless(32), value)
 
 
 def carried(sums: list[Any]) -> mgpu.FragmentedArray:
