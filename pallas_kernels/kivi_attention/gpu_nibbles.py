@@ -12,7 +12,7 @@ from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
 from pallas_kernels.decode_attention import gpu_merge_warps
-from pallas_kernels.decode_attention.gpu_lanes import Lane, Tile, at_keys, over_four, two_floats, two_scales
+from pallas_kernels.decode_attention.gpu_lanes import Lane, Tile, at_keys, over_four, two_floats
 from pallas_kernels.decode_attention.gpu_operands import Integers, nibbles
 from pallas_kernels.decode_attention.gpu_plan import Plan
 from pallas_kernels.decode_attention.gpu_warp import fitted, limits, of_seen, query_words, sizes, weigh
@@ -184,8 +184,8 @@ def mix(
         for eight, half in tile.eights():
             over, inside = divmod(tile.apart(eight, half), tile.part)
             to = ((over * tile.runs + run) * tile.part + inside) * size
-            factors += _alive(two_scales(words.onward(grids[0], to), size), live[eight])
-            steps += _alive(two_scales(words.onward(grids[1], to), size), live[eight])
+            factors += _alive(words.onward(grids[0], to), size, live[eight])
+            steps += _alive(words.onward(grids[1], to), size, live[eight])
         scaled = [words.product(w, x) for w, x in zip(weights, factors, strict=True)]
         into, step = fitted(tile, over_four(words.higher, _highest(scaled)))
         left, back = tile.operands.lefts(scaled, into), words.product(grow, step)
@@ -200,9 +200,10 @@ def mix(
     return [*acc, *shifts, peak, total]
 
 
-def _alive(two: tuple[Any, Any], live: Any) -> list[Any]:
-    """Return two numbers, or zeros where nothing is alive: what nothing wrote may be NaN."""
-    return [words.select(live, value, words.real(0.0)) for value in two]
+def _alive(address: Any, size: int, live: Any) -> tuple[Any, Any]:
+    """Return the two numbers at an address, or zeros where nothing is alive: what nothing wrote may be NaN."""
+    held = [words.select(live, word, words.number(0)) for word in words.several(address, size // 2)]
+    return two_floats(held[0]) if size == 2 else tuple(words.as_float(word) for word in held)
 
 
 def _at_values(tile: Nibbles, lane: Lane, values: Any) -> list[tuple[Any, Any, Any]]:
