@@ -139,6 +139,15 @@ def test_every_block_has_a_place(M, O):
     assert places == {(r, o) for r in range(rows) for o in range(outputs)}
 
 
+@pytest.mark.parametrize(("splits", "found"), [(1, 1), (2, 2), (4, 3), (9, 5)])
+def test_every_split_has_a_step(splits, found):
+    """Of five: four splits of two each would leave the last one none, which it would wait for."""
+    x, values = jax.ShapeDtypeStruct((65, 320), jnp.bfloat16), jax.ShapeDtypeStruct((64, 320), jnp.int8)
+    scale = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
+    plan = plan_for(x, values, scale, "int8", None, {"splits": splits}, H100)
+    assert plan.splits == found and plan.each * (found - 1) < plan.steps <= plan.each * found
+
+
 @pytest.mark.parametrize("name", CASES[::3])
 def test_lowered(name):
     _, case = case_of("quantized_matmul", name)

@@ -98,9 +98,8 @@ def body(*arrays: Any, names: list[str], plan: Plan, memory: dict[str, Any]) -> 
     refs = dict(zip(names, arrays, strict=True))
     group, split = lax.axis_index("group"), lax.axis_index("split")
     rows, outputs = plan.at(lax.axis_index("tile"))
-    each = -(-plan.steps // plan.splits)
-    begin = split * each
-    count = jnp.minimum(each, plan.steps - begin) if plan.steps % each else jnp.int32(each)
+    begin = split * plan.each
+    count = jnp.minimum(plan.each, plan.steps - begin) if plan.steps % plan.each else jnp.int32(plan.each)
     where = rows * plan.rows, outputs * plan.outputs
     registers = REGISTERS[plan.groups]
 

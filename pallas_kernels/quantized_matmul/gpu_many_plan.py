@@ -68,6 +68,11 @@ class Plan(Form):
         return self.I // self.inputs
 
     @property
+    def each(self) -> int:
+        """Steps of a split; the last one has what is left."""
+        return pl.cdiv(self.steps, self.splits)
+
+    @property
     def tiles(self) -> tuple[int, int]:
         """Blocks of rows, and of outputs."""
         return pl.cdiv(self.M, self.rows), pl.cdiv(self.O, self.outputs)
@@ -106,15 +111,15 @@ def plan_for(x: Any, values: Any, scale: Any, qtype: str, offset: Any, blocks: d
         raise NotImplementedError(f"{I} inputs, {O} outputs: must be multiples of {plan.inputs} and {STRIP}")
     if not plan.whole and (group % (16 * plan.planes) or (plan.inputs % group and group % plan.inputs)):
         raise NotImplementedError(f"groups of {group} inputs: must divide {plan.inputs}, or be multiples of that")
-    need = plan.shared_bytes(scale.dtype.itemsize, 2 if plan.splits == 1 else 4)
     fits = plan.rows % STRIP == 0 and plan.outputs in (64, 128, 256) and plan.rows * plan.strips <= 256
-    if not fits or plan.stages < 2 or plan.splits > plan.steps or need > gpu.shared:
+    need = plan.shared_bytes(scale.dtype.itemsize, 2 if plan.splits == 1 else 4)
+    if not fits or plan.stages < 2 or plan.splits < 1 or need > gpu.shared:
         raise ValueError(
             f"blocks={chosen}: outputs must be 64, 128 or 256, rows a multiple of {STRIP}, 256 at most for each strip "
-            f"of a warpgroup, stages 2 or more, splits {plan.steps} at most, and {need} bytes of shared memory "
-            f"{gpu.shared} or less"
+            f"of a warpgroup, stages 2 or more, splits 1 or more, and {need} bytes of shared memory {gpu.shared} or less"
         )
-    return plan
+    # Every split has a step, or it would wait for one.
+    return dataclasses.replace(plan, splits=pl.cdiv(plan.steps, pl.cdiv(plan.steps, min(plan.splits, plan.steps))))
 
 
 def default_blocks(M: int, I: int, O: int, qtype: str, gpu: gpus.Gpu) -> dict[str, int]:
