@@ -116,7 +116,7 @@ def plan_for(x: Any, values: Any, scale: Any, qtype: str, offset: Any, blocks: d
     if not fits or plan.stages < 2 or plan.splits < 1 or need > gpu.shared:
         raise ValueError(
             f"blocks={chosen}: outputs must be 64, 128 or 256, rows a multiple of {STRIP}, 256 at most for each strip "
-            f"of a warpgroup, stages 2 or more, splits 1 or more, and {need} bytes of shared memory {gpu.shared} or less"
+            f"of a warpgroup, stages 2 or more, splits 1; {need} bytes of shared memory, of {gpu.shared} at most"
         )
     # Every split has a step, or it would wait for one.
     return dataclasses.replace(plan, splits=pl.cdiv(plan.steps, pl.cdiv(plan.steps, min(plan.splits, plan.steps))))
