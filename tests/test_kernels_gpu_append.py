@@ -1,12 +1,14 @@
 """The GPU's rotation and append with no GPU: its threads run on NumPy arrays, and which programs hold it."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from gpu_grid import run_here
 from test_gpu import CALL, lowered, struct
 from test_kernels_gpu_matmul import _bytes
 from test_kernels_gpu_warps import WORDS
@@ -20,7 +22,8 @@ from pallas_kernels import gpu_measure, gpus, rope_append
 from pallas_kernels.decode_attention import gpu_lanes
 from pallas_kernels.rope_append import gpu_thread
 from pallas_kernels.rope_append.cases import TESTS
-from pallas_kernels.rope_append.gpu_thread import WARPS, Heads
+
+append_gpu = importlib.import_module("pallas_kernels.rope_append.gpu")  # the package's `gpu` is its function
 
 
 def _several(address, count):
@@ -55,40 +58,18 @@ def _machine():
     return type(WORDS)(**vars(WORDS) | more)
 
 
-def _by_threads(q, k, v, cos, sin, start, counts, **caches):
-    """Return what the kernel does, a block of its grid after the other."""
-    (B, T, N, H), K = q.shape, k.shape[2]
-    S, stored = caches["k_cache"].shape[2], caches["k_cache"].dtype.name
-    heads = Heads(N, K, H, S, stored)
-    token = np.concatenate([np.asarray(x).reshape(B * T, -1) for x in (q, k, v)], axis=1)
-    found = np.zeros((B * T, N * H), ml_dtypes.bfloat16)
-    caches = {name: np.array(x) for name, x in caches.items()}
-    number = functools.partial(np.full, 128, dtype=np.uint32)
-    for at in range(B * T):
-        b, t = divmod(at, T)
-        slot = int(start[b]) + t
-        refs = {
-            "heads": token[at],
-            "cos": cos.reshape(B * T, -1)[at],
-            "sin": sin.reshape(B * T, -1)[at],
-            "q": found[at],
-        }
-        refs |= {name.replace("_cache", ""): x[b] for name, x in caches.items()}
-        for group in range(-(-heads.all // WARPS)):
-            kept = t < counts[b] and slot < S
-            gpu_thread.rotate_and_write(heads, refs, number(group), number(slot), number(int(kept)))
-    return found.reshape(B, T, N, H), tuple(caches.values())
-
-
 @pytest.mark.parametrize("case", TESTS, ids=lambda case: case.name)
 def test_its_threads_write_what_the_reference_does(case, monkeypatch):
     """By the check that a GPU's kernel goes through: its bounds are of what is written, the rest stays as it was."""
     for module in (gpu_lanes, gpu_thread):
         monkeypatch.setattr(module, "words", _machine())
+    run_here(monkeypatch, append_gpu)
     inputs = case.inputs()
-    expected, kept = rope_append.reference(**jax.tree.map(jnp.asarray, case.narrowed().inputs()))
-    found, changed = _by_threads(**{name: np.asarray(x) for name, x in case.narrowed().inputs().items()})
-    assert np.abs(found.astype(np.float32) - np.asarray(expected, np.float32)).max() <= 2**-7 * np.abs(found).max()
+    arrays = jax.tree.map(jnp.asarray, case.narrowed().inputs())
+    expected, kept = rope_append.reference(**arrays, **case.options)
+    found, changed = rope_append.gpu(**arrays, **case.options)
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    assert np.abs(found - expected).max() <= 2**-7 * np.abs(found).max()
     for name, one, other in zip(case.donated, changed, kept, strict=True):
         before, one, other = (np.asarray(x) for x in (inputs[name], one, other))
         assert gpu_measure.is_right(one, other, before), name

@@ -65,10 +65,10 @@ def rope_append(
         _run(heads, of_token | of_row, group, slot, jnp.where(kept, 1, 0))
 
     call = compat.gpu_kernel_in_place(
-        body, name="rope_append", out_type=jax.ShapeDtypeStruct((B * T, N * H), q.dtype),
+        body, name="rope_append", out_types=[jax.ShapeDtypeStruct((B * T, N * H), q.dtype)],
         grid=(B * T, pl.cdiv(heads.all, WARPS)), grid_names=("tokens", "heads"),
     )  # fmt: skip
-    rotated, changed = call(list(inputs.values()), list(caches.values()))
+    (rotated,), changed = call(list(inputs.values()), list(caches.values()))
     return rotated.reshape(B, T, N, H), tuple(changed)
 
 
