@@ -6,6 +6,8 @@ depends on p alone: a prompt fed at once gives what the same prompt fed token by
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -97,9 +99,19 @@ class KiviLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "KiviLayer":
         """Keep each row's first counts[b] new tokens as they are, and pack the groups that they complete."""
+
+        def put(ring: Ring, start: Array, counts: Array) -> tuple[None, Ring]:
+            return None, ring.append(k, v, start, counts).settled_if_few()
+
+        return self.append_by(put, k.shape[1], start, counts)[1]
+
+    def append_by(
+        self, put: Callable[..., Any], tokens: int, start: Int[Array, "B"], counts: Int[Array, "B"]
+    ) -> tuple[Any, "KiviLayer"]:
+        """Do what `append` does, where `put` writes the tokens to the ring: see `rotated`."""
         counts = jnp.clip(self.slots - start, 0, counts)
-        recent = self.recent.append(k, v, start, counts).settled_if_few()
-        return self._with(pack_completed(self.groups, recent, start, counts, k.shape[1]), recent)
+        found, recent = put(self.recent, start, counts)
+        return found, self._with(pack_completed(self.groups, recent, start, counts, tokens), recent)
 
     def attend(
         self,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class Ring(nnx.Module):
     k: Float[Array, "B K R H"] = nnx.data()
     v: Float[Array, "B K R H"] = nnx.data()
     chunk: Chunk | None = nnx.data(default=None)  # between append and attend
+    stores: ClassVar[tuple[str, ...]] = ("k", "v")  # see `rotated`
 
     @classmethod
     def empty(cls, batch: int, kv_heads: int, size: int, head_dim: int, dtype: DTypeLike) -> "Ring":
