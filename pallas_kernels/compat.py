@@ -101,20 +101,24 @@ def gpu_kernel(body: Any, *, name: str, interpret: Any = False, auto_barriers: b
     return plgpu.kernel(body, kernel_name=name, compiler_params=params, interpret=interpret, **options)
 
 
-def gpu_kernel_in_place(body: Any, *, name: str, out_type: Any, grid: tuple[int, ...], grid_names: tuple[str, ...]):
+def gpu_kernel_in_place(
+    body: Any, *, name: str, out_types: list[Any], grid: tuple[int, ...], grid_names: tuple[str, ...]
+):
     """Return a function of two lists of arrays, (kept, changed), that runs a Mosaic GPU kernel as `gpu_kernel` does.
 
-    `body` gets the refs of both and the output's, and may write to those of the second list: their arrays are changed
-    in place where nobody else has them. Returns (output, changed). There are no barriers of its own.
+    `body` gets the refs of both and the outputs', and may write to those of the second list: their arrays are changed
+    in place where nobody else has them. Returns (outputs, changed). There are no barriers of its own.
     """
     mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, kernel_name=name)
-    run = pl.kernel(body, out_type=[out_type], mesh=mesh, compiler_params=_gpu_params(False), name=name)
+    run = pl.kernel(body, out_type=out_types, mesh=mesh, compiler_params=_gpu_params(False), name=name)
 
-    def call(kept: list[jax.Array], changed: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    def call(kept: list[jax.Array], changed: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         def on(refs: Any) -> None:
-            (refs[0][...],) = run(*kept, *refs[1])
+            outputs, changed = refs
+            for ref, found in zip(outputs, run(*kept, *changed), strict=True):
+                ref[...] = found
 
-        return pl.run_state(on)((jnp.zeros(out_type.shape, out_type.dtype), changed))
+        return pl.run_state(on)(([jnp.zeros(x.shape, x.dtype) for x in out_types], changed))
 
     return call
 

@@ -11,7 +11,8 @@ KERNELS = (  # for TPUs
 ON_GPUS = (
     "decode_attention", "quantized_matmul", "paged_decode_attention", "prefill_attention", "kivi_attention",
     "kivi_prefill_attention", "paged_kivi_attention",
-    "rms_norm", "rope_append",  # for GPUs alone: XLA for TPU fuses the one, and there a launch costs nothing
+    # For GPUs alone: XLA for TPU fuses the first, and there a launch, or a loop of no turns, costs nothing.
+    "rms_norm", "rope_append", "kivi_pack", "paged_kivi_pack",
 )  # fmt: skip
 ALL = tuple(dict.fromkeys((*KERNELS, *ON_GPUS)))
 

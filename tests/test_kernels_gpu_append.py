@@ -1,26 +1,32 @@
 """The GPU's rotation and append with no GPU: its threads run on NumPy arrays, and which programs hold it."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from gpu_grid import run_here
 from test_gpu import CALL, lowered, struct
 from test_kernels_gpu_matmul import _bytes
 from test_kernels_gpu_warps import WORDS
 
 from jaxinfer.cache import rotated
 from jaxinfer.cache.dense import Dense
+from jaxinfer.cache.kivi import Kivi
 from jaxinfer.cache.paged import Paged
 from jaxinfer.cache.quantized import QuantizedCache
+from jaxinfer.cache.ring import SLACK
+from jaxinfer.cache.streaming import Streaming
 from jaxinfer.ops.rope import RopeConfig, rotate
 from pallas_kernels import gpu_measure, gpus, rope_append
 from pallas_kernels.decode_attention import gpu_lanes
 from pallas_kernels.rope_append import gpu_thread
 from pallas_kernels.rope_append.cases import TESTS
-from pallas_kernels.rope_append.gpu_thread import WARPS, Heads
+
+append_gpu = importlib.import_module("pallas_kernels.rope_append.gpu")  # the package's `gpu` is its function
 
 
 def _several(address, count):
@@ -55,40 +61,18 @@ def _machine():
     return type(WORDS)(**vars(WORDS) | more)
 
 
-def _by_threads(q, k, v, cos, sin, start, counts, **caches):
-    """Return what the kernel does, a block of its grid after the other."""
-    (B, T, N, H), K = q.shape, k.shape[2]
-    S, stored = caches["k_cache"].shape[2], caches["k_cache"].dtype.name
-    heads = Heads(N, K, H, S, stored)
-    token = np.concatenate([np.asarray(x).reshape(B * T, -1) for x in (q, k, v)], axis=1)
-    found = np.zeros((B * T, N * H), ml_dtypes.bfloat16)
-    caches = {name: np.array(x) for name, x in caches.items()}
-    number = functools.partial(np.full, 128, dtype=np.uint32)
-    for at in range(B * T):
-        b, t = divmod(at, T)
-        slot = int(start[b]) + t
-        refs = {
-            "heads": token[at],
-            "cos": cos.reshape(B * T, -1)[at],
-            "sin": sin.reshape(B * T, -1)[at],
-            "q": found[at],
-        }
-        refs |= {name.replace("_cache", ""): x[b] for name, x in caches.items()}
-        for group in range(-(-heads.all // WARPS)):
-            kept = t < counts[b] and slot < S
-            gpu_thread.rotate_and_write(heads, refs, number(group), number(slot), number(int(kept)))
-    return found.reshape(B, T, N, H), tuple(caches.values())
-
-
 @pytest.mark.parametrize("case", TESTS, ids=lambda case: case.name)
 def test_its_threads_write_what_the_reference_does(case, monkeypatch):
     """By the check that a GPU's kernel goes through: its bounds are of what is written, the rest stays as it was."""
     for module in (gpu_lanes, gpu_thread):
         monkeypatch.setattr(module, "words", _machine())
+    run_here(monkeypatch, append_gpu)
     inputs = case.inputs()
-    expected, kept = rope_append.reference(**jax.tree.map(jnp.asarray, case.narrowed().inputs()))
-    found, changed = _by_threads(**{name: np.asarray(x) for name, x in case.narrowed().inputs().items()})
-    assert np.abs(found.astype(np.float32) - np.asarray(expected, np.float32)).max() <= 2**-7 * np.abs(found).max()
+    arrays = jax.tree.map(jnp.asarray, case.narrowed().inputs())
+    expected, kept = rope_append.reference(**arrays, **case.options)
+    found, changed = rope_append.gpu(**arrays, **case.options)
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    assert np.abs(found - expected).max() <= 2**-7 * np.abs(found).max()
     for name, one, other in zip(case.donated, changed, kept, strict=True):
         before, one, other = (np.asarray(x) for x in (inputs[name], one, other))
         assert gpu_measure.is_right(one, other, before), name
@@ -98,8 +82,8 @@ def test_its_threads_write_what_the_reference_does(case, monkeypatch):
 ROPE = RopeConfig(kind="yarn", factor=4.0, original_context=32)
 
 
-def _operands(kind, B, T, H=128, dtype=jnp.bfloat16):
-    layer = jax.eval_shape(lambda: kind.create(B, 64, 2, H, dtype))
+def _operands(kind, B, T, H=128, dtype=jnp.bfloat16, slots=64):
+    layer = jax.eval_shape(lambda: kind.create(B, slots, 2, H, dtype))
     q, k, v = (struct(B, T, heads, H, dtype=dtype) for heads in (8, 2, 2))
     return layer, q, k, v, *(struct(*shape, dtype=jnp.int32) for shape in ((B, T), (B,), (B,)))
 
@@ -113,6 +97,56 @@ def test_programs_hold_it_where_tokens_are_few_and_have_slots(kind):
     assert lowered(_append, *_operands(kind, 2, 3)).count(CALL) == 1
     for more in (_operands(kind, 2, 300), _operands(kind, 2, 1, dtype=jnp.float32), _operands(kind, 2, 1, H=96)):
         assert CALL not in lowered(_append, *more)
+
+
+STREAMING = Streaming(sinks=4, window=20, rope=ROPE)
+RINGS = [(Kivi(), 2), (Kivi(page=64), 2), (Kivi(bits=2), 1), (STREAMING, 1)]  # with a kernel that packs, or without
+
+
+@pytest.mark.parametrize(("kind", "kernels"), RINGS, ids=str)
+def test_programs_hold_it_where_few_tokens_enter_a_ring(kind, kernels):
+    for T in (1, SLACK):
+        assert lowered(_append, *_operands(kind, 2, T, slots=1024)).count(CALL) == kernels
+    operands = _operands(kind, 2, SLACK + 1, slots=1024)
+    assert CALL not in lowered(_append, *operands)
+    with gpus.assume("h100"), pytest.raises(NotImplementedError, match="33 new tokens: must be at most 32"):
+        jax.eval_shape(functools.partial(_append, implementation="pallas"), *operands)
+
+
+def test_more_tokens_than_a_ring_has_slots_are_refused():
+    case = next(case for case in TESTS if case.name == "ring")
+    short = {x: jax.ShapeDtypeStruct((5, 2, 4, 128), jnp.bfloat16) for x in ("k_cache", "v_cache")}
+    with pytest.raises(NotImplementedError, match="5 tokens: must be at most the 4 slots"):
+        jax.eval_shape(functools.partial(rope_append.gpu, ring=True), **{**case.shapes, **short})
+
+
+@pytest.mark.parametrize("kind", [Kivi(group=8, residual=8), Kivi(group=8, residual=3, page=16), STREAMING], ids=str)
+def test_a_ring_that_the_kernels_reference_writes_is_xlas(kind, monkeypatch):
+    """Over steps of all lengths, rewound, and with a path of a tree kept: it holds the same, bit for bit."""
+    monkeypatch.setattr(rotated.targets, "kernel", lambda of: of.reference)
+    monkeypatch.setattr(rotated, "choose", lambda which, pallas, xla, *x: (pallas if which == "pallas" else xla)(*x))
+    rng, B, K, H = np.random.default_rng(0), 3, 2, 16
+    layers = [kind.create(B, 200, K, H, jnp.float32)] * 2
+    assert layers[0].recent.size < 100
+    append = jax.jit(_append, static_argnames="implementation")
+    length = np.array([0, 50, 190])
+    for T, fewer in ((1, 0), (8, 1), (1, 0), (SLACK, 0), (5, 9), (40, 0), (1, 7), (8, 0), (30, 0), (1, 0), (1, 0)):
+        counts = np.array([T, T // 2, min(T, 3)])
+        q, k, v = (jnp.asarray(rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (4, K, K))
+        positions = np.where(np.arange(T) < counts[:, None], length[:, None] + np.arange(T), -1)
+        rows = jnp.asarray(positions), jnp.asarray(length), jnp.asarray(counts)
+        ways = ["pallas" if T <= SLACK else "xla", "xla"]
+        found = [append(x, q, k, v, *rows, implementation=way) for x, way in zip(layers, ways, strict=True)]
+        length = np.maximum(length + counts - fewer, 0)
+        if T == 8:  # as a tree's nodes, of which a path is kept
+            nodes, kept = jnp.asarray([[0, 2, 5]] * B), jnp.asarray([3, 2, 1])
+            length = np.asarray(rows[1] + kept)
+            found = [(q, layer.keep(rows[1], nodes, kept)) for q, layer in found]
+        elif fewer:
+            found = [(q, layer.rewind(jnp.asarray(length))) for q, layer in found]
+        for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_array_equal(one, other)
+        layers = [layer.rewind(jnp.asarray(length)) for _, layer in found]
 
 
 def test_a_cache_without_slots_appends_by_itself():
@@ -149,8 +183,8 @@ def test_what_xla_and_the_kernels_reference_write_is_the_same(qtype, monkeypatch
 def test_it_has_the_gradient_of_the_formula(monkeypatch):
     """With an opaque formula in the kernel's place, as a kernel that JAX can't see into: what remains is the rule."""
 
-    def opaque(*arrays):
-        return jax.lax.stop_gradient(rope_append.reference(*arrays))
+    def opaque(*arrays, ring):
+        return jax.lax.stop_gradient(rope_append.reference(*arrays, ring=ring))
 
     monkeypatch.setattr(rotated.targets, "kernel", lambda _: opaque)
     monkeypatch.setattr(rotated, "choose", lambda which, pallas, xla, *x: (pallas if which == "pallas" else xla)(*x))

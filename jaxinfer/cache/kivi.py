@@ -6,18 +6,19 @@ depends on p alone: a prompt fed at once gives what the same prompt fed token by
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.dense import Dense, DenseLayer
-from jaxinfer.cache.groups import Groups, empty_groups, packed_before, quantize_groups
+from jaxinfer.cache.groups import Groups, empty_groups, packed_before
 from jaxinfer.cache.packed_attention import packed_attention
 from jaxinfer.cache.packed_pages import PackedPages, empty_pages
+from jaxinfer.cache.packing import pack_completed
 from jaxinfer.cache.ring import SLACK, Ring, check_tree
-from jaxinfer.cache.slots import pick
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import by_query_blocks, group_heads, ungroup_heads, visible
 from jaxinfer.ops.attention_parts import as_share
@@ -98,8 +99,19 @@ class KiviLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "KiviLayer":
         """Keep each row's first counts[b] new tokens as they are, and pack the groups that they complete."""
-        recent = self.recent.append(k, v, start, jnp.clip(self.slots - start, 0, counts))
-        return self._with(self._packed(recent), recent.settled_if_few())
+
+        def put(ring: Ring, start: Array, counts: Array) -> tuple[None, Ring]:
+            return None, ring.append(k, v, start, counts).settled_if_few()
+
+        return self.append_by(put, k.shape[1], start, counts)[1]
+
+    def append_by(
+        self, put: Callable[..., Any], tokens: int, start: Int[Array, "B"], counts: Int[Array, "B"]
+    ) -> tuple[Any, "KiviLayer"]:
+        """Do what `append` does, where `put` writes the tokens to the ring: see `rotated`."""
+        counts = jnp.clip(self.slots - start, 0, counts)
+        found, recent = put(self.recent, start, counts)
+        return found, self._with(pack_completed(self.groups, recent, start, counts, tokens), recent)
 
     def attend(
         self,
@@ -147,37 +159,6 @@ class KiviLayer(nnx.Module):
     def fork(self, rows: Int[Array, "n"], length: Int[Array, "n"], room: int) -> "KiviLayer":
         """Copy the recent tokens; of the packed ones pages are shared that are full, and rows copied."""
         return self._with(self.groups.fork(rows, length, room), self.recent.take(rows))
-
-    def _packed(self, recent: Ring) -> Groups | PackedPages:
-        """Return the groups with those packed that the ring's chunk completes."""
-        chunk = recent.chunk
-        G, T = self.kind.group, chunk.k.shape[2]
-        first = chunk.start // G
-        complete = jnp.where(chunk.counts > 0, (chunk.start + chunk.counts) // G - first, 0)
-        if T > G:
-            return self.groups.write(self._quantized(recent, -(-T // G)), first, complete)
-        # One group of a row at most. Only rows that complete theirs do anything, one by one and in place: a step has
-        # few of them, and to write all rows at once would copy the groups.
-        complete = (complete > 0) & (first < self.groups.count)
-        rows = jnp.argsort(~complete)
-
-        def pack(i: Array, groups: Groups | PackedPages) -> Groups | PackedPages:
-            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=rows[i], slice_size=1)
-            return groups.write_one(self._quantized(jax.tree.map(cut, recent), 1), rows[i], first[rows[i]])
-
-        return jax.lax.fori_loop(0, complete.sum(), pack, self.groups)
-
-    def _quantized(self, recent: Ring, count: int) -> Groups:
-        """Return `count` groups of each row from the one that the ring's chunk begins in."""
-        B, K, R, H = recent.k.shape
-        chunk, G = recent.chunk, self.kind.group
-        positions = (chunk.start // G * G)[:, None] + jnp.arange(count * G)
-
-        def tokens(ring, new):
-            old = jnp.take_along_axis(ring, (positions % R)[:, None, :, None], axis=2)
-            return pick(old, new, positions - chunk.start[:, None], chunk.counts).reshape(B, K, count, -1, H)
-
-        return quantize_groups(tokens(recent.k, chunk.k), tokens(recent.v, chunk.v), self.kind.bits)
 
     def _settled(self) -> "KiviLayer":
         """Return the cache with the chunk's newest tokens in the ring."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class Ring(nnx.Module):
     k: Float[Array, "B K R H"] = nnx.data()
     v: Float[Array, "B K R H"] = nnx.data()
     chunk: Chunk | None = nnx.data(default=None)  # between append and attend
+    stores: ClassVar[tuple[str, ...]] = ("k", "v")  # see `rotated`
 
     @classmethod
     def empty(cls, batch: int, kv_heads: int, size: int, head_dim: int, dtype: DTypeLike) -> "Ring":
@@ -76,10 +78,18 @@ class Ring(nnx.Module):
         return self.settled() if few else self
 
     def at(self, positions: Int[Array, "B n"]) -> tuple[Float[Array, "B n K H"], Float[Array, "B n K H"]]:
-        """Return the keys and values of some positions that are in the slots."""
-        slots = (positions % self.size)[:, None, :, None]
-        k, v = (jnp.take_along_axis(x, slots, axis=2).transpose(0, 2, 1, 3) for x in (self.k, self.v))
+        """Return the keys and values of some positions."""
+        k, v = (x.transpose(0, 2, 1, 3) for x in self.read(positions))
         return k, v
+
+    def read(self, positions: Int[Array, "B n"]) -> tuple[Float[Array, "B K n H"], Float[Array, "B K n H"]]:
+        """Return the keys and values of some positions, in the slots or the chunk, by heads."""
+        slots, c = (positions % self.size)[:, None, :, None], self.chunk
+        k, v = (jnp.take_along_axis(x, slots, axis=2) for x in (self.k, self.v))
+        if c is None:
+            return k, v
+        offset = positions - c.start[:, None]
+        return pick(k, c.k, offset, c.counts), pick(v, c.v, offset, c.counts)
 
     def held(self, positions: Int[Array, "B T"]) -> Int[Array, "B R"]:
         """Return the position in each slot, negative where there is none, when queries at `positions` attend."""

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.cache.base import LayerCache
+from jaxinfer.cache.ring import SLACK, Ring
 from jaxinfer.ops.implementation import Implementation, choose, with_gradient_of
 from jaxinfer.ops.rope import RopeConfig, cos_and_sin, rotate
 from pallas_kernels import rope_append as kernels
@@ -28,7 +29,9 @@ def append_rotated(
     """Return q rotated, and `cache.append` of k rotated and v.
 
     A cache that keeps position s of a row in slot s of its arrays `[B, K, S, ...]` has `stores`, which names them as
-    the kernel takes them: keys, values, and the scales of each where it rounds them.
+    the kernel takes them: keys, values, and the scales of each where it rounds them. One that has a ring has
+    `append_by(put, tokens, start, counts)`, which does what `append` does but for what `put(ring, start, counts)` does:
+    that gives q, and the ring with few new tokens in its slots.
 
     Raises:
         NotImplementedError: the implementation that is named can't do it; why.
@@ -39,12 +42,22 @@ def append_rotated(
         return q, cache.append(k, v, start, counts)
 
     def pallas(cache: LayerCache, q: Array, k: Array, v: Array, positions: Array, start: Array, counts: Array) -> Any:
+        T, turns = k.shape[1], cos_and_sin(rope, q.shape[-1], positions)
+
+        def put(to: Any, start: Array, counts: Array) -> Any:
+            ring = isinstance(to, Ring)
+            if ring and T > SLACK:
+                raise NotImplementedError(f"{T} new tokens: must be at most {SLACK}, or their queries need them apart")
+            to = to.settled() if ring else to
+            held = [getattr(to, name) for name in to.stores]
+            turned, held = targets.kernel(kernels)(q, k, v, *turns, start, counts, *held, ring=ring)
+            return turned, dataclasses.replace(to, **dict(zip(to.stores, held, strict=True)))
+
+        if hasattr(cache, "append_by"):
+            return cache.append_by(put, T, start, counts)
         if not hasattr(cache, "stores"):
             raise NotImplementedError(f"{type(cache).__name__}: has no slots that the kernel could write to")
-        turns = cos_and_sin(rope, q.shape[-1], positions)
-        held = [getattr(cache, name) for name in cache.stores]
-        q, held = targets.kernel(kernels)(q, k, v, *turns, start, counts, *held)
-        return q, dataclasses.replace(cache, **dict(zip(cache.stores, held, strict=True)))
+        return put(cache, start, counts)
 
     if implementation is None and q.shape[0] * q.shape[1] > FEW_TOKENS:
         implementation = "xla"

@@ -6,6 +6,8 @@ text: to a query the sinks are as far away as if nothing had been let go between
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +15,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.dense import Dense, DenseLayer
 from jaxinfer.cache.ring import SLACK, Ring, check_tree
-from jaxinfer.cache.slots import take_rows, write
+from jaxinfer.cache.slots import take_rows
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import by_query_blocks, group_heads, share, ungroup_heads, visible
 from jaxinfer.ops.hadamard import hadamard_transform
@@ -69,10 +71,23 @@ class StreamingLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "StreamingLayer":
         """Put each row's first counts[b] new tokens into the ring, and those that are sinks into their slots too."""
+
+        def put(ring: Ring, start: Array, counts: Array) -> tuple[None, Ring]:
+            return None, ring.append(k, v, start, counts).settled_if_few()
+
+        return self.append_by(put, k.shape[1], start, counts)[1]
+
+    def append_by(
+        self, put: Callable[..., Any], tokens: int, start: Int[Array, "B"], counts: Int[Array, "B"]
+    ) -> tuple[Any, "StreamingLayer"]:
+        """Do what `append` does, where `put` writes the tokens to the ring: see `rotated`."""
+        del tokens
         counts = jnp.clip(self.slots - start, 0, counts)
-        recent = self.recent.append(k, v, start, counts).settled_if_few()
-        sinks = (write(store, new.transpose(0, 2, 1, 3), start, counts) for store, new in ((self.k, k), (self.v, v)))
-        return self._with(*sinks, recent)
+        found, recent = put(self.recent, start, counts)
+        slots = jnp.broadcast_to(jnp.arange(self.kind.sinks), (len(start), self.kind.sinks))
+        new = slots >= start[:, None]  # those past the new tokens are seen by none before they are new as well
+        sinks = zip(recent.read(slots), (self.k, self.v), strict=True)
+        return found, self._with(*(jnp.where(new[:, None, :, None], x, old) for x, old in sinks), recent)
 
     def attend(
         self,

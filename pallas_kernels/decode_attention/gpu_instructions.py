@@ -160,6 +160,16 @@ def higher(a: Any, b: Any) -> Any:
     return _asm(ir.F32Type.get(), "max.f32 $0, $1, $2;", "=f,f,f", a, b)
 
 
+def smaller(a: Any, b: Any) -> Any:
+    """Return the smaller of two floats, NaN where one is."""
+    return arith.minimumf(a, b)
+
+
+def larger(a: Any, b: Any) -> Any:
+    """Return the larger of two floats, NaN where one is."""
+    return arith.maximumf(a, b)
+
+
 def magnitude(a: Any) -> Any:
     """Return |a| of a float."""
     return _asm(ir.F32Type.get(), "abs.f32 $0, $1;", "=f,f", a)

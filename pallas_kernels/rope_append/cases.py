@@ -15,7 +15,7 @@ BF16 = jnp.bfloat16
 
 def case(
     name: str, B: int, S: int, *, T: int = 1, N: int = 32, K: int = 8, H: int = 128, stored: Any = BF16,
-    start: Sequence[int] | None = None, counts: Sequence[int] | None = None,
+    start: Sequence[int] | None = None, counts: Sequence[int] | None = None, **options: Any,
 ) -> Case:  # fmt: skip
     """Return a case of B rows of T new tokens, which follow on the others of a cache of S slots."""
     start = np.arange(B, dtype=np.int32) * 3 % (S - T + 1) if start is None else np.asarray(start, np.int32)
@@ -34,7 +34,9 @@ def case(
         donated += ("k_scale", "v_scale")
     size = jnp.dtype(stored).itemsize
     moved = B * T * (N * H * 4 + 2 * K * H * (2 + size) + 4 * H)
-    return Case(name, shapes, flops=6.0 * B * T * (N + K) * H, bytes=float(moved), donated=donated, rounded=True)
+    return Case(
+        name, shapes, options, flops=6.0 * B * T * (N + K) * H, bytes=float(moved), donated=donated, rounded=True
+    )  # fmt: skip
 
 
 TESTS = [
@@ -49,12 +51,15 @@ TESTS = [
     case("h256_fp8", 2, 24, T=3, N=4, K=1, H=256, stored=jnp.uint8),
     case("padded", 4, 16, T=5, N=4, K=2, start=[0, 3, 14, 16], counts=[5, 0, 5, 1]),
     case("padded_int8", 4, 16, T=5, N=4, K=2, stored=jnp.int8, start=[0, 3, 14, 16], counts=[5, 0, 5, 1]),
+    case("ring", 5, 16, T=5, N=4, K=2, start=[0, 35, 14, 16, 1023], counts=[5, 0, 5, 1, 4], ring=True),
+    case("ring_int8", 3, 8, T=8, N=4, K=2, stored=jnp.int8, start=[5, 40, 99], counts=[8, 8, 3], ring=True),
 ]
 TIMED = [
     case("b1_s8192", 1, 8192),
     case("b1_s8192_int8", 1, 8192, stored=jnp.int8),
     case("b16_s8192", 16, 8192),
     case("b16_s8192_int8", 16, 8192, stored=jnp.int8),
+    case("b1_ring", 1, 128, start=[8191], ring=True),
 ]
 
 

@@ -30,6 +30,7 @@ def rope_append(
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
     *,
+    ring: bool = False,
     blocks: dict[str, int] | None = None,
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "B T N H"], tuple[Array, ...]]:
@@ -46,6 +47,8 @@ def rope_append(
     if k_scale is not None:
         caches |= {"k_scale": k_scale, "v_scale": v_scale}
     _check(q, caches)
+    if ring and T > S:
+        raise NotImplementedError(f"{T} tokens: must be at most the {S} slots of a ring on a GPU")
     heads = Heads(N, K, H, S, k_cache.dtype.name)
     inputs = {
         "heads": jnp.concatenate((q, k, v), axis=2).reshape(B * T, -1),  # parts of one array are that array again
@@ -59,16 +62,20 @@ def rope_append(
         token, group = jax.lax.axis_index("tokens"), jax.lax.axis_index("heads")
         row, at = jax.lax.div(token, jnp.int32(T)), jax.lax.rem(token, jnp.int32(T))
         slot = refs["start"][row] + at
-        kept = (at < refs["counts"][row]) & (slot < S)
+        kept = at < refs["counts"][row]
+        if ring:
+            slot = jax.lax.rem(slot, jnp.int32(S))
+        else:
+            kept &= slot < S
         of_token = {name: refs[name].at[token] for name in ("heads", "cos", "sin", "q")}
         of_row = {name: refs[name].at[row] for name in caches}
         _run(heads, of_token | of_row, group, slot, jnp.where(kept, 1, 0))
 
     call = compat.gpu_kernel_in_place(
-        body, name="rope_append", out_type=jax.ShapeDtypeStruct((B * T, N * H), q.dtype),
+        body, name="rope_append", out_types=[jax.ShapeDtypeStruct((B * T, N * H), q.dtype)],
         grid=(B * T, pl.cdiv(heads.all, WARPS)), grid_names=("tokens", "heads"),
     )  # fmt: skip
-    rotated, changed = call(list(inputs.values()), list(caches.values()))
+    (rotated,), changed = call(list(inputs.values()), list(caches.values()))
     return rotated.reshape(B, T, N, H), tuple(changed)
 
 

@@ -21,6 +21,8 @@ def rope_append(
     v_cache: Array,
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
+    *,
+    ring: bool = False,
 ) -> tuple[Float[Array, "B T N H"], tuple[Array, ...]]:
     """Return what the contract of this folder says."""
     q, k = (_rotated(x, cos, sin) for x in (q, k))
@@ -28,7 +30,7 @@ def rope_append(
     if k_scale is not None:
         coded = [_coded(x, k_cache.dtype) for x in new]
         new, caches = (*(x for x, _ in coded), *(x for _, x in coded)), (*caches, k_scale, v_scale)
-    return q, tuple(_written(cache, x, start, counts) for cache, x in zip(caches, new, strict=True))
+    return q, tuple(_written(cache, x, start, counts, ring) for cache, x in zip(caches, new, strict=True))
 
 
 def _rotated(x: Array, cos: Array, sin: Array) -> Array:
@@ -46,9 +48,10 @@ def _coded(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     return jnp.round(codes).astype(jnp.int8), scale
 
 
-def _written(cache: Array, new: Array, start: Array, counts: Array) -> Array:
-    B, T, K = new.shape[:3]
+def _written(cache: Array, new: Array, start: Array, counts: Array, ring: bool) -> Array:
+    (B, T, K), S = new.shape[:3], cache.shape[2]
     tokens = jnp.arange(T)
-    slots = jnp.where(tokens < jnp.asarray(counts)[:, None], jnp.asarray(start)[:, None] + tokens, cache.shape[2])
+    slots = jnp.asarray(start)[:, None] + tokens
+    slots = jnp.where(tokens < jnp.asarray(counts)[:, None], slots % S if ring else slots, S)  # S: dropped
     rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)
     return cache.at[rows, heads, slots[..., None]].set(new.astype(cache.dtype), mode="drop")
