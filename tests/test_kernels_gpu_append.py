@@ -1,5 +1,6 @@
 """The GPU's rotation and append with no GPU: its threads run on NumPy arrays, and which programs hold it."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -149,11 +150,59 @@ def test_a_ring_that_the_kernels_reference_writes_is_xlas(kind, monkeypatch):
         layers = [layer.rewind(jnp.asarray(length)) for _, layer in found]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Nothing:
+    """A cache that keeps nothing."""
+
+    exact_rewind = None
+
+    def append(self, k, v, start, counts):
+        return self
+
+    attend = rewind = keep = take = fork = append
+
+
 def test_a_cache_without_slots_appends_by_itself():
-    operands = _operands(Paged(), 2, 1)
-    assert CALL not in lowered(_append, *operands)
-    with gpus.assume("h100"), pytest.raises(NotImplementedError, match="PagedLayer: has no slots"):
-        jax.eval_shape(functools.partial(_append, implementation="pallas"), *operands)
+    _, *operands = _operands(Dense(), 2, 1)
+    assert CALL not in lowered(functools.partial(_append, Nothing()), *operands)
+    with gpus.assume("h100"), pytest.raises(NotImplementedError, match="Nothing: has no slots"):
+        jax.eval_shape(functools.partial(_append, Nothing(), implementation="pallas"), *operands)
+
+
+@pytest.mark.parametrize("kind", [Paged(page=8), Paged(page=8, int8=True)], ids=str)
+def test_pages_that_the_kernels_reference_writes_are_xlas(kind, monkeypatch):
+    """And so is what is attended from them: to the layer it is all the same when the tokens were written."""
+    monkeypatch.setattr(rotated.targets, "kernel", lambda of: of.reference)
+    monkeypatch.setattr(rotated, "choose", lambda which, pallas, xla, *x: (pallas if which == "pallas" else xla)(*x))
+    rng, B, K, H, length = np.random.default_rng(0), 3, 2, 64, np.array([0, 7, 27])
+    layers = [kind.create(B, 48, K, H, jnp.float32)] * 2
+    for T, fewer in ((1, 0), (4, 1), (1, 0), (3, 0), (1, 3), (2, 0)):
+        counts = np.array([T, T // 2, T])
+        q, k, v = (jnp.asarray(rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (4, K, K))
+        positions = jnp.asarray(np.where(np.arange(T) < counts[:, None], length[:, None] + np.arange(T), -1))
+        found = []
+        for layer, way in zip(layers, ("pallas", "xla"), strict=True):
+            turned, layer = _append(
+                layer, q, k, v, positions, jnp.asarray(length), jnp.asarray(counts), implementation=way
+            )
+            found.append(layer.attend(turned, positions, scale=0.1, window=None, softcap=None))
+        seen = np.asarray(positions) >= 0
+        np.testing.assert_allclose(found[0][0][seen], found[1][0][seen], rtol=1e-6, atol=1e-6)
+        length = np.maximum(length + counts - fewer, 0)
+        layers = [layer.rewind(jnp.asarray(length)) for _, layer in found]
+        for one, other in zip(*map(jax.tree.leaves, layers), strict=True):
+            np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-6)
+
+
+def test_programs_hold_it_where_few_tokens_enter_pages():
+    layer, q, k, v, positions, start, counts = _operands(Paged(), 2, 3)
+
+    def step(layer, q, k, v, positions, start, counts):
+        q, layer = _append(layer, q, k, v, positions, start, counts)
+        return layer.attend(q, positions, scale=0.1, window=None, softcap=None)
+
+    assert lowered(step, layer, q, k, v, positions, start, counts).count(CALL) == 2
 
 
 @pytest.mark.parametrize("qtype", ["int8", "float8_e4m3fn"])
@@ -183,8 +232,8 @@ def test_what_xla_and_the_kernels_reference_write_is_the_same(qtype, monkeypatch
 def test_it_has_the_gradient_of_the_formula(monkeypatch):
     """With an opaque formula in the kernel's place, as a kernel that JAX can't see into: what remains is the rule."""
 
-    def opaque(*arrays, ring):
-        return jax.lax.stop_gradient(rope_append.reference(*arrays, ring=ring))
+    def opaque(*arrays):
+        return jax.lax.stop_gradient(rope_append.reference(*arrays))
 
     monkeypatch.setattr(rotated.targets, "kernel", lambda _: opaque)
     monkeypatch.setattr(rotated, "choose", lambda which, pallas, xla, *x: (pallas if which == "pallas" else xla)(*x))

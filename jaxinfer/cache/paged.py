@@ -1,7 +1,8 @@
 """Keys and values in pages of some tokens, found through a table: rows that begin alike can share their pages."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -71,6 +72,18 @@ class PagedLayer(nnx.Module):
             k, v = k.astype(self.pages.k.dtype), v.astype(self.pages.v.dtype)
         return PagedLayer(pages=self._written(), table=self.table, new=New(k, v, k_scale, v_scale, start, counts))
 
+    def append_by(
+        self, put: Callable[..., Any], tokens: int, start: Int[Array, "B"], counts: Int[Array, "B"]
+    ) -> tuple[Any, "PagedLayer"]:
+        """Do what `append` does, where `put` writes the tokens to the pages at once: see `rotated`."""
+        del tokens
+        found, pages = put(self._written(), start, counts, table=self.table)
+        return found, self._attended_next(pages, start, counts)
+
+    def written(self) -> "PagedLayer":
+        """Return the cache with what `append` holds in the pages, as `append_by` leaves it."""
+        return self._attended_next(self._written(), self.new.start, self.new.counts)
+
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -113,6 +126,9 @@ class PagedLayer(nnx.Module):
         """Return the rows of so many pools, end to end, each with as many rows, as rows of one pool."""
         table = join_table(self.table, len(self.pages.k), pools)
         return PagedLayer(pages=self.pages, table=table, new=self.new)
+
+    def _attended_next(self, pages: Pages, start: Array, counts: Array) -> "PagedLayer":
+        return PagedLayer(pages=pages, table=self.table, new=New(None, None, None, None, start, counts))
 
     def _written(self) -> Pages:
         """Return the pages with what was appended last in them."""

@@ -37,12 +37,20 @@ class Pages(NamedTuple):
     k_scale: Float[Array, "P K page"] | None = None
     v_scale: Float[Array, "P K page"] | None = None
 
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """The names of the arrays that there are: see `cache.rotated`."""
+        return tuple(name for name, x in self._asdict().items() if x is not None)
+
 
 class New(NamedTuple):
-    """Tokens to append: the first counts[b] of row b's T, at slots from start[b]; their arrays are `[B, T, K, ...]`."""
+    """Tokens to append: the first counts[b] of row b's T, at slots from start[b]; their arrays are `[B, T, K, ...]`.
 
-    k: Float[Array, "B T K H"] | Int8[Array, "B T K H"]
-    v: Float[Array, "B T K H"] | Int8[Array, "B T K H"]
+    Or tokens that are in the pages already, whose queries come next: then there are no arrays.
+    """
+
+    k: Float[Array, "B T K H"] | Int8[Array, "B T K H"] | None
+    v: Float[Array, "B T K H"] | Int8[Array, "B T K H"] | None
     k_scale: Float[Array, "B T K"] | None
     v_scale: Float[Array, "B T K"] | None
     start: Int[Array, "B"]
@@ -80,20 +88,21 @@ def _by_kernels(q, new, pages, table, positions, tree, *, scale, window, softcap
     options = dict(scale=scale, window=window, softcap=softcap)
     T, page = q.shape[1], pages.k.shape[2]
     most = DECODE_TOKENS if tree is None else TREE_NODES
-    if most < T or new is None or new.k.shape[1] != T:
+    if most < T or new is None or (new.k is not None and new.k.shape[1] != T):
         pages = pages if new is None else write_pages(pages, new, table)
         k, v, k_scale, v_scale = (None if x is None else gather_pages(x, table) for x in pages)
         return kernel_attention(q, k, v, positions, k_scale=k_scale, v_scale=v_scale, tree=tree, **options), pages
-    # The kernel appends all T tokens of a row that has any. What is padding lies past the row's length, where the next
-    # tokens overwrite it, in pages of the row's own, or past the table: there in page 0.
     length = jnp.where(new.counts > 0, new.start + T, 0)
-    table = jnp.pad(table, ((0, 0), (0, -(-T // page))))
     given = {name: x for name, x in zip(Pages._fields, new, strict=False) if x is not None}
-    out, found = targets.kernel(paged_decode_attention)(
-        q, pages.k, pages.v, table, length, new=given, k_scale=pages.k_scale, v_scale=pages.v_scale,
+    if given:
+        # The kernel appends all T tokens of a row that has any. What is padding lies past the row's length, where the
+        # next tokens overwrite it, in pages of the row's own, or past the table: there in page 0.
+        table = jnp.pad(table, ((0, 0), (0, -(-T // page))))
+    found = targets.kernel(paged_decode_attention)(
+        q, pages.k, pages.v, table, length, new=given or None, k_scale=pages.k_scale, v_scale=pages.v_scale,
         tree=None if tree is None else jnp.asarray(tree.ancestors), **options,
     )  # fmt: skip
-    return out, Pages(*found)
+    return (found[0], Pages(*found[1])) if given else (found, pages)
 
 
 def _by_blocks(q, new, pages, table, positions, tree, *, scale, window, softcap):
@@ -122,6 +131,8 @@ def _by_blocks(q, new, pages, table, positions, tree, *, scale, window, softcap)
 
 def write_pages(pages: Pages, new: New, table: Int[Array, "B M"]) -> Pages:
     """Return the pages with each row's new tokens at their slots; what would pass the table's last slot is dropped."""
+    if new.k is None:
+        return pages
     T, page, M = new.k.shape[1], pages.k.shape[2], table.shape[1]
     slots = new.start[:, None] + jnp.arange(T)
     kept = (jnp.arange(T) < new.counts[:, None]) & (slots >= 0) & (slots < M * page)

@@ -27,10 +27,11 @@ def rope_append(
     counts: Int[Known, "B"],
     k_cache: Array,
     v_cache: Array,
-    k_scale: Float[Array, "B K S"] | None = None,
-    v_scale: Float[Array, "B K S"] | None = None,
+    k_scale: Float[Array, "rows K S"] | None = None,
+    v_scale: Float[Array, "rows K S"] | None = None,
     *,
     ring: bool = False,
+    table: Int[Known, "B M"] | None = None,
     blocks: dict[str, int] | None = None,
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "B T N H"], tuple[Array, ...]]:
@@ -55,6 +56,8 @@ def rope_append(
         "cos": cos.reshape(B * T, -1), "sin": sin.reshape(B * T, -1),
         "start": jnp.asarray(start, jnp.int32), "counts": jnp.asarray(counts, jnp.int32),
     }  # fmt: skip
+    if table is not None:
+        inputs["table"] = jnp.asarray(table, jnp.int32)
     names = [*inputs, *caches, "q"]
 
     def body(*given: Any) -> None:
@@ -65,10 +68,15 @@ def rope_append(
         kept = at < refs["counts"][row]
         if ring:
             slot = jax.lax.rem(slot, jnp.int32(S))
+        elif table is not None:
+            kept &= slot < S * table.shape[1]
+            # Of what is not kept no entry is read: it may be past the table's, or name no page.
+            index, slot = jax.lax.div(slot, jnp.int32(S)), jax.lax.rem(slot, jnp.int32(S))
+            row = jnp.where(kept, refs["table"][row, jnp.where(kept, index, 0)], 0)
         else:
             kept &= slot < S
         of_token = {name: refs[name].at[token] for name in ("heads", "cos", "sin", "q")}
-        of_row = {name: refs[name].at[row] for name in caches}
+        of_row = {name: refs[name].at[row] for name in caches}  # or of a page
         _run(heads, of_token | of_row, group, slot, jnp.where(kept, 1, 0))
 
     call = compat.gpu_kernel_in_place(

@@ -19,10 +19,11 @@ def rope_append(
     counts: Int[Known, "B"],
     k_cache: Array,
     v_cache: Array,
-    k_scale: Float[Array, "B K S"] | None = None,
-    v_scale: Float[Array, "B K S"] | None = None,
+    k_scale: Float[Array, "rows K S"] | None = None,
+    v_scale: Float[Array, "rows K S"] | None = None,
     *,
     ring: bool = False,
+    table: Int[Known, "B M"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], tuple[Array, ...]]:
     """Return what the contract of this folder says."""
     q, k = (_rotated(x, cos, sin) for x in (q, k))
@@ -30,7 +31,7 @@ def rope_append(
     if k_scale is not None:
         coded = [_coded(x, k_cache.dtype) for x in new]
         new, caches = (*(x for x, _ in coded), *(x for _, x in coded)), (*caches, k_scale, v_scale)
-    return q, tuple(_written(cache, x, start, counts, ring) for cache, x in zip(caches, new, strict=True))
+    return q, tuple(_written(cache, x, start, counts, ring, table) for cache, x in zip(caches, new, strict=True))
 
 
 def _rotated(x: Array, cos: Array, sin: Array) -> Array:
@@ -48,10 +49,15 @@ def _coded(x: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     return jnp.round(codes).astype(jnp.int8), scale
 
 
-def _written(cache: Array, new: Array, start: Array, counts: Array, ring: bool) -> Array:
+def _written(cache: Array, new: Array, start: Array, counts: Array, ring: bool, table: Array | None) -> Array:
     (B, T, K), S = new.shape[:3], cache.shape[2]
     tokens = jnp.arange(T)
     slots = jnp.asarray(start)[:, None] + tokens
-    slots = jnp.where(tokens < jnp.asarray(counts)[:, None], slots % S if ring else slots, S)  # S: dropped
-    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)
-    return cache.at[rows, heads, slots[..., None]].set(new.astype(cache.dtype), mode="drop")
+    kept = tokens < jnp.asarray(counts)[:, None]
+    rows, heads = jnp.arange(B)[:, None], jnp.arange(K)
+    if table is not None:
+        table = jnp.asarray(table)
+        kept &= slots < S * table.shape[1]
+        rows, slots = jnp.take_along_axis(table, jnp.where(kept, slots // S, 0), axis=1), slots % S
+    slots = jnp.where(kept, slots % S if ring else slots, S)  # S: dropped
+    return cache.at[rows[..., None], heads, slots[..., None]].set(new.astype(cache.dtype), mode="drop")
