@@ -22,13 +22,19 @@ CASES = {
         case("starts", 2, 2, 1, 4, 136, 64, [130, 40], start=[60, 40], gpu_blocks={"splits": 3}, return_lse=True),
         case("tree", 1, 8, 1, 2, 128, 64, [124], tree=BRANCHING, window=20),
         case("int8", 1, 2, 1, 4, 128, 64, [70], cache=I8, softcap=5.0, gpu_blocks={"splits": 2, "stages": 2}),
+        case("ring", 5, 1, 1, 4, 136, 64, [100, 136, 999, 600, 0], start=[0, 64, 900, 464, 0], ring=True,
+             return_lse=True),
+        case("ring_t3", 3, 3, 1, 2, 136, 64, [100, 700, 137], start=[40, 590, -5], ring=True, return_lse=True,
+             gpu_blocks={"splits": 2}),
+        case("ring_window", 3, 4, 1, 2, 192, 64, [500, 90, 191], window=40, position=[496, 80, 187], softcap=5.0,
+             ring=True),
     ],
     "paged_decode_attention": [
         paged_case("pages", 2, 2, 1, 4, 16, 64, [70, 0], window=30, return_lse=True, append=False),
         paged_case("int8", 1, 1, 1, 8, 16, 64, [70], cache=I8, gpu_blocks={"splits": 2}, append=False),
         paged_case("long_pages", 1, 1, 1, 8, 128, 64, [200]),
     ],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case.name) for name, cases in CASES.items() for case in cases])
@@ -47,7 +53,26 @@ def test_interpreted_it_is_its_reference(name, case):
         assert relative_error(*(np.where(np.isneginf(x), 0, x) for x in (one, other))) <= BOUNDS["bfloat16"]
 
 
+@pytest.mark.parametrize("window", [None, 30])
+def test_a_ring_is_a_cache_of_its_newest_tokens(window):
+    """To the reference, which the kernel is held to."""
+    rng, (B, R, S) = np.random.default_rng(0), (4, 40, 200)
+    q, k, v = (rng.standard_normal(x).astype(np.float32) for x in ((B, 2, 4, 16), (B, 2, S, 16), (B, 2, S, 16)))
+    length = np.array([200, 25, 41, 80])
+    start = np.maximum(length - R, [170, 3, 0, 0])
+    rings = [np.full((B, 2, R, 16), np.nan, np.float32) for _ in "kv"]
+    for b, x in np.ndindex(B, 2):
+        for p in range(max(0, length[b] - R), length[b]):
+            rings[x][b, :, p % R] = (k, v)[x][b, :, p]
+    options = dict(scale=0.3, start=start, window=window, return_lse=True)
+    found = decode_attention.reference(jnp.asarray(q), *map(jnp.asarray, rings), length, ring=True, **options)
+    expected = decode_attention.reference(*map(jnp.asarray, (q, k, v)), length, **options)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
 LOWERED = [
+    ("decode_attention", "ring_past_the_end"),
     ("decode_attention", "gqa_4_h96"),
     ("decode_attention", "splits"),
     ("decode_attention", "fp8"),
@@ -67,6 +92,7 @@ def test_it_lowers(name, case):
     [
         ("decode_attention", "cluster_of_16", 1),
         ("decode_attention", "cluster_int8", 1),
+        ("decode_attention", "ring_cluster", 1),
         ("decode_attention", "gpu_splits", 2),
         ("paged_decode_attention", "cluster", 1),
     ],
@@ -96,6 +122,11 @@ def test_what_it_refuses():
             given = {**shapes, name: shape} if shape.shape[-1] == 64 else _wider(shapes, shape.shape[-1])
             jax.eval_shape(lambda x: decode_attention.gpu(**x, scale=1.0), given)
     tree = np.ones((1, 1), bool)
+    for more in ({"sinks": 4}, {"tree": tree}):
+        with pytest.raises(NotImplementedError, match="ring: must be without scales, a tree and sinks"):
+            jax.eval_shape(lambda x, more=more: decode_attention.gpu(**x, scale=1.0, ring=True, **more), shapes)
+    with pytest.raises(NotImplementedError, match="ring: must be a cache of all slots on a TPU"):
+        jax.eval_shape(lambda x: decode_attention.tpu(**x, scale=1.0, ring=True), shapes)
     with pytest.raises(ValueError, match="position and tree"):
         jax.eval_shape(
             lambda x: decode_attention.gpu(**x, scale=1.0, tree=tree, position=np.zeros(1, np.int32)), shapes

@@ -14,15 +14,13 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.dense import Dense, DenseLayer
-from jaxinfer.cache.groups import Groups, empty_groups, packed_before
+from jaxinfer.cache.groups import Groups, empty_groups
 from jaxinfer.cache.packed_attention import packed_attention
 from jaxinfer.cache.packed_pages import PackedPages, empty_pages
 from jaxinfer.cache.packing import pack_completed
+from jaxinfer.cache.recent_attention import recent_attention
 from jaxinfer.cache.ring import SLACK, Ring, check_tree
 from jaxinfer.errors import InputError
-from jaxinfer.ops.attention import by_query_blocks, group_heads, ungroup_heads, visible
-from jaxinfer.ops.attention_parts import as_share
-from jaxinfer.ops.online_attention import merge
 from jaxinfer.ops.token_tree import TokenTree
 
 TILE = 16  # groups whose scales fill a tile of a TPU's memory: the kernel reads whole ones
@@ -67,10 +65,6 @@ class Kivi:
             kind=self,
             slots=slots,
         )
-
-    def boundary(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
-        """Return how many tokens are quantized ones for a query at each position."""
-        return packed_before(positions, self.group, self.residual)
 
 
 @nnx.dataclass
@@ -127,21 +121,11 @@ class KiviLayer(nnx.Module):
         residual = self.kind.residual
         fix = ", or keep more tokens as they are"
         check_tree(tree, q.shape[1], min(residual, SLACK), f" of residual={residual}", fix)
-        held, heads = self.recent.held(positions), self.recent.k.shape[1]
-        options = dict(scale=scale, window=window, softcap=softcap)
-        options |= dict(residual=residual, consecutive=tree is None)  # none of a tree's nodes is packed yet
-        old = packed_attention(q, self.groups, positions, **options)
-
-        def attend(q: Array, positions: Array, first: Array, *old: Array) -> Array:
-            boundary = self.kind.boundary(positions)
-
-            def sees(slots: Array) -> Array:
-                return visible(positions, slots, window, tree) & (slots[:, None] >= boundary[..., None])
-
-            found = self.recent.share(group_heads(q, heads, scale), held, first, self._reach, sees, softcap)
-            return ungroup_heads(merge(found, as_share(*old, heads)), q)
-
-        return by_query_blocks(attend, q, positions, *old), self._settled()
+        options = dict(residual=residual, scale=scale, window=window, softcap=softcap)
+        # None of a tree's nodes is packed yet.
+        old = packed_attention(q, self.groups, positions, consecutive=tree is None, **options)
+        out = recent_attention(q, self.recent, positions, old, group=self.kind.group, tree=tree, **options)
+        return out, self._settled()
 
     def rewind(self, length: Int[Array, "B"]) -> "KiviLayer":
         """Nothing to do but to let go of the chunk: what lies past the length is masked, and written again."""

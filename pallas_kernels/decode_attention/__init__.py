@@ -7,6 +7,9 @@ q `[B, T, N, H]` are T tokens a row, k and v `[B, K, S, H]` the cache, which hol
 
     start[b] <= s < length[b],  s <= its position,  and s > its position - window or s < sinks.
 
+With `ring`, on GPUs alone, slot s holds the last position below length[b] that is s mod S, or nothing where there is
+none: a cache of the newest S tokens, whose positions the rule is about in place of slots.
+
 With `tree` `[T, T]` or `[B, T, T]`, bool, the last T slots before `length[b]` are nodes of a tree: query t sees slot
 `length[b] - T + i` where `tree[t, i]`, and all slots before those. Codes of a quantized cache, int8 or float8, have
 `k_scale` and `v_scale` `[B, K, S]`, which multiply scores and weights, not keys and values. `lse` is the log of the sum

@@ -1,5 +1,6 @@
 """What decode attention is tested and timed on."""
 
+import functools
 from typing import Any
 
 import jax
@@ -61,16 +62,17 @@ def case(
         blocks={"slots": 128 if cache is not None else 32 if S % 32 == 0 else 64, "heads": 2, "buffers": 3, "splits": 1}
         | (blocks or {}),
         gpu_blocks=gpu_blocks,
-        spoil=_spoil,
+        spoil=functools.partial(_spoil, ring=options.get("ring", False)),
         races=name in RACES,
     )
 
 
-def _spoil(inputs: dict[str, Any]) -> dict[str, Any]:
+def _spoil(inputs: dict[str, Any], ring: bool) -> dict[str, Any]:
     """Fill the slots that are not live with NaN, or where there is none the largest code and a NaN scale."""
     S = inputs["k"].shape[2]
-    start = inputs.get("start", np.zeros(len(inputs["length"]), np.int32))
-    dead = (np.arange(S) < start[:, None]) | (np.arange(S) >= inputs["length"][:, None])
+    start, length = inputs.get("start", np.zeros(len(inputs["length"]), np.int32)), inputs["length"][:, None]
+    held = length - 1 - (length - 1 - np.arange(S)) % S if ring else np.arange(S)
+    dead = (held < np.maximum(start, 0)[:, None]) | (held >= length)
     changed = dict(inputs)
     for name in ("k", "v"):
         worst = jnp.nan if jnp.issubdtype(inputs[name].dtype, jnp.floating) else 127
@@ -172,6 +174,12 @@ GPU_TESTS = [
     case("tree_40", 1, 40, 1, 1, 256, 128, [200], tree=tree_of([-1, *[max(0, i // 2 - 1) for i in range(1, 40)]])),
     case("int8_splits", 2, 1, 2, 4, 1024, 128, [1000, 130], cache=jnp.int8, gpu_blocks={"splits": 3, "stages": 2}),
     case("int8_window", 2, 1, 2, 4, 512, 64, [500, 130], cache=jnp.int8, window=100, sinks=4),
+    # Rings that have not come round, or have, or several times; that begin anywhere, or hold nothing.
+    case("ring", 4, 1, 2, 4, 128, 128, [100, 128, 1000, 0], start=[0, 64, 928, 0], ring=True, return_lse=True),
+    case("ring_past_the_end", 3, 3, 1, 4, 200, 64, [150, 700, 201], start=[40, 501, -5], ring=True, return_lse=True),
+    case("ring_window", 2, 8, 2, 2, 320, 64, [500, 90], window=40, position=[492, 80], ring=True),
+    case("ring_splits", 3, 1, 2, 8, 512, 128, [999, 60, 512], start=[600, 0, 9], ring=True, gpu_blocks={"splits": 3}),
+    case("ring_cluster", 2, 2, 2, 4, 512, 128, [999, 60], ring=True, gpu_blocks={"splits": 4, "cluster": 1}),
     *_clusters(),
 ]
 
@@ -199,6 +207,7 @@ GPU_TIMED = [
     *[case(f"g4_b{B}_s8192_int8", B, 1, 8, 4, 8192, 128, [8192] * B, cache=jnp.int8) for B in (1, 4, 16, 64)],
     *[case(f"g4_b{B}_s32768", B, 1, 8, 4, 32768, 128, [32768] * B) for B in (1, 4, 16)],
     *[case(f"g4_b{B}_s32768_int8", B, 1, 8, 4, 32768, 128, [32768] * B, cache=jnp.int8) for B in (1, 4, 16)],
+    *[case(f"g4_b{B}_ring_128", B, 1, 8, 4, 128, 128, [8192] * B, start=[8128] * B, ring=True) for B in (1, 16, 64)],
     case("g4_b16_s8192_fp8", 16, 1, 8, 4, 8192, 128, [8192] * 16, cache=jnp.float8_e4m3fn),
     *TIMED,
 ]

@@ -27,23 +27,28 @@ def decode_attention(
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
+    ring: bool = False,
     blocks: dict[str, int] | None = None,
     interpret: Interpret = False,
 ):
     """Return what the contract of this folder says.
 
     `blocks`: slots a copy, a multiple of 64, stages in flight, splits of a row, and whether these are a cluster that
-    merges what it finds itself (`cluster` 1), with no second kernel; by default what fills the GPU. Codes with few
-    queries are multiplied as they are where slots are a multiple of 128.
+    merges what it finds itself (`cluster` 1), with no second kernel; by default what fills the GPU, and of a ring a
+    cluster. Codes with few queries are multiplied as they are where slots are a multiple of 128.
 
     Raises:
         NotImplementedError: dtypes or sizes that the kernel does not take.
         ValueError: both position and tree, or a cluster of a number of splits that is not 1, 2, 4, 8 or 16.
     """
+    if ring:
+        if k_scale is not None or tree is not None or sinks:
+            raise NotImplementedError("ring: must be without scales, a tree and sinks on a GPU")
+        blocks = blocks or {"cluster": 1}
     return attend_rows(
         "decode_attention", q, Dense(k, v, k_scale, v_scale), k.shape[1], k.shape[2], length, scale=scale,
         start=start, position=position, window=window, sinks=sinks, softcap=softcap, tree=tree,
-        return_lse=return_lse, blocks=blocks, interpret=interpret,
+        return_lse=return_lse, ring=ring, blocks=blocks, interpret=interpret,
     )  # fmt: skip
 
 

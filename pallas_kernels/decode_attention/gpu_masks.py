@@ -24,10 +24,12 @@ class Range:
     def __init__(self, plan: Plan, refs: dict[str, Any], b: Any):
         self._plan = plan
         T, slots = plan.tokens, plan.slots
-        self.length = jnp.minimum(refs["length"][b], plan.capacity)
+        self.length = refs["length"][b] if plan.ring else jnp.minimum(refs["length"][b], plan.capacity)
         self.start = refs["start"][b] if plan.has_start else jnp.int32(0)
         self.position = refs["position"][b] if plan.has_position else refs["length"][b] - T
         low = self.lowest = jnp.maximum(self.start, 0)
+        if plan.ring:
+            self.start = low  # what holds nothing has a negative position
         if plan.tree_words:
             self.end = jnp.maximum(self.length, 0)
             self._highest = self.length - T
@@ -38,6 +40,8 @@ class Range:
             # The last query's window, the deepest of a tree at most T - 1 below, begins latest.
             low = jnp.maximum(low, self.position + 1 - plan.window)
             self.lowest = jnp.maximum(self.lowest, self.position + T - plan.window)
+        if plan.ring:
+            low, self.end = jnp.int32(0), jnp.maximum(jnp.minimum(self.length, plan.capacity), 0)
         self._first = jax.lax.div(low, jnp.int32(slots))
         count = jnp.maximum(jax.lax.div(self.end + (slots - 1), jnp.int32(slots)) - self._first, 0)
         self._apart = jnp.int32(0)
@@ -62,8 +66,20 @@ class Range:
             return (self._first + item) * self._plan.slots
         return jnp.where(item < self._apart, item, self._first + item - self._apart) * self._plan.slots
 
+    def held(self, slot: Any) -> Any:
+        """Return the positions that slots hold, negative where there is none."""
+        R = self._plan.capacity
+        if not self._plan.ring:
+            return slot
+        newest = jax.lax.rem(self.length - 1, jnp.int32(R))  # its slot, after which those of the turn before are
+        position = slot + (self.length - 1 - newest) - jnp.where(slot > newest, R, 0)
+        return jnp.where(slot < R, position, -1)
+
     def whole(self, base: Any) -> Any:
         """Return whether all queries see all slots of the block that begins at `base`."""
+        if self._plan.ring:
+            all_seen = (self.length - self._plan.capacity >= self.lowest) & (self._highest >= self.length)
+            return all_seen & (base + self._plan.slots <= self._plan.capacity)
         return (base >= self.lowest) & (base + self._plan.slots <= self._highest)
 
 
@@ -77,7 +93,7 @@ class Mask:
         """Return `[slots, columns]`, bool."""
         plan, at = self._plan, self._at
         shape = (plan.slots, plan.columns)
-        slot = base + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        slot = at.held(base + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX))
         seen = slot >= at.start
         if plan.tree_words:
             node = slot - (at.length - plan.tokens)
@@ -105,7 +121,7 @@ class Mask:
         """Return a function of a shape and its layout: whether slots, its first axis, hold something."""
 
         def of(shape: tuple[int, ...], layout: Any) -> Any:
-            slot = base + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+            slot = self._at.held(base + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout))
             return (slot >= self._at.start) & (slot < self._at.length)
 
         return of

@@ -53,6 +53,7 @@ class Plan:
     overlap: bool  # with the kernels before and after: begins before the one before has ended, and waits for that
     has_start: bool
     has_position: bool
+    ring: bool  # slots are those of the newest positions
     plain: bool  # no instructions of the hardware's own: what the interpreter knows
 
     @property

@@ -35,13 +35,14 @@ def attend_rows(
     softcap: float | None,
     tree: Bool[Known, "... T T"] | None,
     return_lse: bool,
+    ring: bool = False,
     blocks: dict[str, int] | None,
     interpret: Any,
 ):
     """Return the output, or (output, log-sum-exp).
 
-    `capacity` is the number of slots that a row has at most; `source` has the `arrays` that hold them. Of packed
-    `groups`, blocks of 8 query rows each read the whole cache of their key head.
+    `capacity` is the number of slots that a row has at most, which are a `ring` or not; `source` has the `arrays` that
+    hold them. Of packed `groups`, blocks of 8 query rows each read the whole cache of their key head.
 
     Raises:
         NotImplementedError: dtypes or sizes that the kernel does not take.
@@ -76,7 +77,7 @@ def attend_rows(
         out_dtype=jnp.dtype(jnp.float32 if apart else q.dtype), scale=scale, softcap=softcap,
         window=window, sinks=sinks, tree_words=0 if tree is None else -(-T // 32),
         with_lse=return_lse or apart, overlap=bool(chosen["overlap"]) and not interpret,
-        has_start=start is not None, has_position=position is not None, plain=bool(interpret),
+        has_start=start is not None, has_position=position is not None, ring=ring, plain=bool(interpret),
     )  # fmt: skip
     packed = q.astype(dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B * K, rows, H)
     if rows > 8 and rows % 8:  # a copy fills in what is past an axis' end only where that is the end of a tile of 8

@@ -22,6 +22,7 @@ def decode_attention(
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
+    ring: bool = False,
 ):
     """Return what the contract of this folder says, in q's dtype."""
     B, T, N, H = q.shape
@@ -29,7 +30,11 @@ def decode_attention(
     length = jnp.asarray(length)
     start = jnp.zeros(B, jnp.int32) if start is None else jnp.asarray(start)
     position = length - T if position is None else jnp.asarray(position)
-    seen = visible(T, S, start, position, length, window, sinks)
+    held = jnp.arange(S)[None]
+    if ring:
+        held = length[:, None] - 1 - (length[:, None] - 1 - held) % S
+        start = jnp.maximum(start, 0)
+    seen = visible(T, held, start, position, length, window, sinks)
     if tree is not None:
         node = jnp.arange(S)[None] - (length - T)[:, None]  # [B, S]
         tree = jnp.broadcast_to(jnp.asarray(tree), (B, T, T))
@@ -62,14 +67,14 @@ def decode_attention(
 
 def visible(
     T: int,
-    S: int,
+    held: Int[Array, "b S"],
     start: Int[Array, "B"],
     position: Int[Known, "B"],
     length: Int[Known, "B"],
     window: int | None,
     sinks: int,
 ) -> Bool[Array, "B T S"]:
-    """Return which slots each query sees, trees apart."""
-    slot, at = jnp.arange(S)[None, None], position[:, None, None] + jnp.arange(T)[None, :, None]
+    """Return which slots each query sees, by the positions that they hold, trees apart."""
+    slot, at = held[:, None], position[:, None, None] + jnp.arange(T)[None, :, None]
     seen = (slot >= start[:, None, None]) & (slot < length[:, None, None]) & (slot <= at)
     return seen if window is None else seen & ((slot > at - window) | (slot < sinks))

@@ -28,6 +28,7 @@ def decode_attention(
     k_scale: Float[Array, "B K S"] | None = None,
     v_scale: Float[Array, "B K S"] | None = None,
     return_lse: bool = False,
+    ring: bool = False,
     blocks: dict[str, int] | None = None,
     interpret: Interpret = False,
 ):
@@ -36,9 +37,11 @@ def decode_attention(
     `blocks`: slots a copy, key heads a copy, buffers, splits; by default those tuned for the chip.
 
     Raises:
-        NotImplementedError: more slots than a block holds, of which no block of whole tiles is a divisor.
+        NotImplementedError: a ring, or more slots than a block holds, of which no block of whole tiles is a divisor.
         ValueError: blocks that need too much VMEM.
     """
+    if ring:
+        raise NotImplementedError("ring: must be a cache of all slots on a TPU")
     _, K, S, H = k.shape
     chip = chips.current()
     chosen = blocks or tuning.fitting(

@@ -41,7 +41,7 @@ def kivi_pack(
     """
     del blocks
     stores = [k_codes, k_scale, k_offset, v_codes, v_scale, v_offset]
-    return (pack(k, v, start, counts, Rows(stores), group, interpret),)
+    return (pack("kivi_pack", k, v, start, counts, Rows(stores), group, interpret),)
 
 
 class Rows:
@@ -61,7 +61,14 @@ class Rows:
 
 
 def pack(
-    k: Array, v: Array, start: Int[Known, "B"], counts: Int[Known, "B"], source: Any, group: int, interpret: Interpret
+    name: str,
+    k: Float[Array, "B K R H"],
+    v: Float[Array, "B K R H"],
+    start: Int[Known, "B"],
+    counts: Int[Known, "B"],
+    source: Any,
+    group: int,
+    interpret: Interpret,
 ) -> tuple[Array, ...]:
     """Return the `stores` of a source of packed groups with those that rows complete."""
     if interpret:
@@ -87,7 +94,7 @@ def pack(
                 _run(run, sizes, refs, four, place, jax.lax.rem(index * size, jnp.int32(R)))
 
     call = compat.gpu_kernel_in_place(
-        body, name="kivi_pack", out_types=[], grid=(B, pl.cdiv(sizes.warps, WARPS), 2),
+        body, name=name, out_types=[], grid=(B, pl.cdiv(sizes.warps, WARPS), 2),
         grid_names=("rows", "warps", "of"),
     )  # fmt: skip
     _, changed = call(inputs, source.stores)

@@ -31,7 +31,7 @@ def paged_kivi_pack(
     """
     del blocks
     source = _Pages(jnp.asarray(table, jnp.int32), [codes, key_grids, value_grids])
-    return (pack(k, v, start, counts, source, group, interpret),)
+    return (pack("paged_kivi_pack", k, v, start, counts, source, group, interpret),)
 
 
 class _Pages:
