@@ -37,6 +37,8 @@ def recent_attention(
     def pallas(q: Array, recent: Ring, positions: Array, *old: Array) -> Array:
         if q.shape[1] > 1 or tree is not None:
             raise NotImplementedError(f"{q.shape[1]} queries: must be one, or each may have packed tokens of its own")
+        if recent.chunk is not None:
+            raise NotImplementedError("many new tokens: must be in the ring, or their queries need them apart")
         position = positions[:, 0]
         out, lse = targets.kernel(decode_attention)(
             q, recent.k, recent.v, position + 1, start=packed_before(position, group, residual), window=window,
