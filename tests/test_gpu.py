@@ -27,7 +27,7 @@ from jaxinfer.passes.quantization.rounding import round_to_nearest
 from pallas_kernels import gpu_bench, gpu_measure, gpus, rms_norm, targets, tuning
 from pallas_kernels.case import Peer
 from pallas_kernels.decode_attention import gpu_rows
-from pallas_kernels.kernels import kernel
+from pallas_kernels.kernels import ON_GPUS, kernel
 
 CALL = "mosaic_gpu_v2"
 # The cases of the README's tables.
@@ -273,6 +273,9 @@ def test_the_tables_of_the_readme_are_those_of_the_results(capsys):
     checks = [json.loads(line) for line in (results / "checks_h100.jsonl").read_text().splitlines()]
     assert len(checks) == 127 and sum(x.get("ok", False) for x in checks) == 123
     assert all(x.get("ok") or "unsupported" in x for x in checks)
+    ran = {(x["kernel"], x["case"]) for x in checks}
+    cases = {(name, case.name) for name in ON_GPUS for case in (*kernel(name).tests, *kernel(name).gpu_tests)}
+    assert ran < cases and f"{len(cases - ran)} cases have not run on a GPU" in readme
 
 
 def test_without_a_gpu_the_command_says_so(capsys):
