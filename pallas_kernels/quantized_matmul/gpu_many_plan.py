@@ -100,7 +100,7 @@ def plan_for(x: Any, values: Any, scale: Any, qtype: str, offset: Any, blocks: d
         ValueError: blocks that are not to be had, or that need more shared memory than there is.
     """
     (M, I), O = x.shape, values.shape[0]
-    chosen = default_blocks(M, I, O, qtype, gpu) | blocks
+    chosen = default_blocks(M, I, O, gpu) | blocks
     group, grids = I // scale.shape[0], [scale] if offset is None else [scale, offset]
     plan = Plan(
         qtype, LETTERS[x.dtype.name], M, I, O, chosen["outputs"], min(2, max(1, chosen["outputs"] // STRIP)),
@@ -111,7 +111,7 @@ def plan_for(x: Any, values: Any, scale: Any, qtype: str, offset: Any, blocks: d
         raise NotImplementedError(f"{I} inputs, {O} outputs: must be multiples of {plan.inputs} and {STRIP}")
     if not plan.whole and (group % (16 * plan.planes) or (plan.inputs % group and group % plan.inputs)):
         raise NotImplementedError(f"groups of {group} inputs: must divide {plan.inputs}, or be multiples of that")
-    fits = plan.rows % STRIP == 0 and plan.outputs in (64, 128, 256) and plan.rows * plan.strips <= 256
+    fits = plan.outputs in (64, 128, 256) and plan.rows % STRIP == 0 < plan.rows * plan.strips <= 256
     need = plan.shared_bytes(scale.dtype.itemsize, 2 if plan.splits == 1 else 4)
     if not fits or plan.stages < 2 or plan.splits < 1 or need > gpu.shared:
         raise ValueError(
@@ -122,9 +122,8 @@ def plan_for(x: Any, values: Any, scale: Any, qtype: str, offset: Any, blocks: d
     return dataclasses.replace(plan, splits=pl.cdiv(plan.steps, pl.cdiv(plan.steps, min(plan.splits, plan.steps))))
 
 
-def default_blocks(M: int, I: int, O: int, qtype: str, gpu: gpus.Gpu) -> dict[str, int]:
+def default_blocks(M: int, I: int, O: int, gpu: gpus.Gpu) -> dict[str, int]:
     """Return blocks that read least of the L2 cache; of few of them, more splits or fewer outputs each."""
-    del qtype
     rows = 64 if M <= 64 else 128
     outputs = 256 if pl.cdiv(M, rows) * pl.cdiv(O, 256) >= gpu.processors // 2 else 128
     blocks = pl.cdiv(M, rows) * pl.cdiv(O, outputs)
