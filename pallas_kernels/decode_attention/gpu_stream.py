@@ -33,12 +33,13 @@ class Stream:
             self._source.copies(self._refs, self._memory, name, where, self.stage(item))
 
     def fill(self) -> None:
-        """Start to copy the first items, one a stage."""
-        for ahead in range(self._plan.stages):
+        """Start to copy the first items, one a stage; all of them are looked up before any is waited for."""
+        items = [self._begin + ahead for ahead in range(self._plan.stages)]
+        for item, where in zip(items, [self.place(item) for item in items], strict=True):
 
-            @pl.when(self._begin + ahead < self._end)
-            def _(item=self._begin + ahead):
-                self.load(item, self.place(item), "kv")
+            @pl.when(item < self._end)
+            def _(item=item, where=where):
+                self.load(item, where, "kv")
 
     def next(self, item: Any, meet: Any) -> None:
         """Start to copy the item that takes the stage of `item`, after all have read that: `meet` waits for them."""
