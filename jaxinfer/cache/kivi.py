@@ -19,7 +19,7 @@ from jaxinfer.cache.packed_attention import packed_attention
 from jaxinfer.cache.packed_pages import PackedPages, empty_pages
 from jaxinfer.cache.packing import pack_completed
 from jaxinfer.cache.recent_attention import recent_attention
-from jaxinfer.cache.ring import SLACK, Ring, check_tree
+from jaxinfer.cache.ring import SLACK, Ring, append_to_ring, check_tree
 from jaxinfer.errors import InputError
 from jaxinfer.ops.token_tree import TokenTree
 
@@ -93,11 +93,7 @@ class KiviLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "KiviLayer":
         """Keep each row's first counts[b] new tokens as they are, and pack the groups that they complete."""
-
-        def put(ring: Ring, start: Array, counts: Array) -> tuple[None, Ring]:
-            return None, ring.append(k, v, start, counts).settled_if_few()
-
-        return self.append_by(put, k.shape[1], start, counts)[1]
+        return self.append_by(append_to_ring(k, v), k.shape[1], start, counts)[1]
 
     def append_by(
         self, put: Callable[..., Any], tokens: int, start: Int[Array, "B"], counts: Int[Array, "B"]

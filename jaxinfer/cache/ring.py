@@ -132,6 +132,13 @@ class Ring(nnx.Module):
         return cut(self.chunk.k), cut(self.chunk.v), slots
 
 
+def append_to_ring(
+    k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> Callable[[Ring, Array, Array], tuple[None, Ring]]:
+    """Return what puts new tokens into a ring by XLA: the `put` of a cache's `append_by`, see `rotated`."""
+    return lambda ring, start, counts: (None, ring.append(k, v, start, counts).settled_if_few())
+
+
 def check_tree(tree: TokenTree | None, nodes: int, most: int, why: str = "", fix: str = "") -> None:
     """Raise InputError where a tree has more nodes than a cache takes, which would leave the ring too soon."""
     if tree is not None and nodes > most:

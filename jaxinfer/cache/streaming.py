@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxinfer.cache.dense import Dense, DenseLayer
-from jaxinfer.cache.ring import SLACK, Ring, check_tree
+from jaxinfer.cache.ring import SLACK, Ring, append_to_ring, check_tree
 from jaxinfer.cache.slots import take_rows
 from jaxinfer.errors import InputError
 from jaxinfer.ops.attention import by_query_blocks, group_heads, share, ungroup_heads, visible
@@ -71,11 +71,7 @@ class StreamingLayer(nnx.Module):
         counts: Int[Array, "B"],
     ) -> "StreamingLayer":
         """Put each row's first counts[b] new tokens into the ring, and those that are sinks into their slots too."""
-
-        def put(ring: Ring, start: Array, counts: Array) -> tuple[None, Ring]:
-            return None, ring.append(k, v, start, counts).settled_if_few()
-
-        return self.append_by(put, k.shape[1], start, counts)[1]
+        return self.append_by(append_to_ring(k, v), k.shape[1], start, counts)[1]
 
     def append_by(
         self, put: Callable[..., Any], tokens: int, start: Int[Array, "B"], counts: Int[Array, "B"]

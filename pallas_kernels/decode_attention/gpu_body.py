@@ -6,7 +6,6 @@ queries waste nothing, and registers hold only what they need. The products are 
 be added up once at the end.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -18,13 +17,10 @@ from pallas_kernels import compat
 from pallas_kernels.decode_attention import gpu_instructions
 from pallas_kernels.decode_attention.gpu_cluster import Parts
 from pallas_kernels.decode_attention.gpu_codes import widen
+from pallas_kernels.decode_attention.gpu_lanes import LEAST, LOG2E, NOTHING
 from pallas_kernels.decode_attention.gpu_masks import BY_COLUMN, BY_SLOT, MATRIX, NUMBER, Mask, Range, wide
 from pallas_kernels.decode_attention.gpu_plan import Plan
 from pallas_kernels.decode_attention.gpu_stream import Stream
-
-LOG2E = math.log2(math.e)
-NOTHING = -1e30  # the score of a slot that is not seen
-LEAST = -1e20  # where the peak begins: what is not seen has a weight of exactly 0, also before anything is seen
 
 
 def body(plan: Plan, source: Any, refs: dict[str, Any], memory: dict[str, Any]) -> None:

@@ -4,12 +4,14 @@ Eight threads read 16 bytes each at a time, and never meet in a bank, where a li
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from pallas_kernels.decode_attention import gpu_instructions as words
 
-NOTHING, LEAST = -1e30, -1e20  # as in the body of floats
-LOG2E = 1.4426950408889634
+LOG2E = math.log2(math.e)
+NOTHING = -1e30  # the score of a slot that is not seen
+LEAST = -1e20  # where the peak begins: what is not seen has a weight of exactly 0, also before anything is seen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import compat
-from pallas_kernels.decode_attention.gpu_body import LOG2E
+from pallas_kernels.decode_attention.gpu_lanes import LOG2E
 from pallas_kernels.decode_attention.gpu_masks import BY_SLOT
 
 MOST_SPLITS = 64  # all of them are read at once: their latency is paid once, and registers hold them

@@ -74,9 +74,7 @@ class Plan:
     @property
     def by_warps(self) -> bool:
         """Whether codes are multiplied by each warp for itself: see `gpu_warp`."""
-        return self.groups is not None or (
-            by_warps(self.scales, self.columns, self.H) and self.slots % 128 == 0 and not self.plain
-        )
+        return by_warps(self.scales, self.columns, self.H) and self.slots % 128 == 0 and not self.plain
 
     @property
     def letters(self) -> str:

@@ -62,7 +62,7 @@ def attend_rows(
     columns = 8 if source.groups is not None else min(-(-rows // 8) * 8, MOST_COLUMNS[width])
     grid = B * K * -(-rows // columns)
     tuned = tuning.gpu_blocks(name, gpus.current().name, block_class(stored, B * K, rows, capacity, H))
-    warps = source.groups is not None or (by_warps(scales, columns, H) and not interpret)
+    warps = by_warps(scales, columns, H) and not interpret  # which groups always are
     if "splits" in (blocks or {}):
         tuned.pop("cluster", None)  # goes with the table's splits
     chosen = blocks_for(grid, capacity, width, columns, stored, scales, tuned | (blocks or {}), warps, source.groups)
@@ -190,10 +190,9 @@ def _memory(
 ) -> tuple[int, int]:
     """Return the bytes of shared memory of a block but for its stages, at most, and those of a stage."""
     sent = columns * 8 * max(gpu_cluster.SIZES)
+    stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
     if groups is not None:
         stage = groups.stage_bytes(slots, width, jnp.dtype(scales).itemsize)
-        return RESERVED // 3 + columns * width * 4 + sent, stage
-    stage = 2 * slots * (width * jnp.dtype(stored).itemsize + (4 if scales is not None else 0))
     if warps and slots % 128 == 0:
         return RESERVED // 3 + columns * width * 4 + sent, stage
     widened = slots * width * 2 if scales is not None else 0

@@ -242,6 +242,6 @@ def finish(tile: Nibbles, sums: list[Any], shared: Any, peaks: Any, out: Any) ->
     shifts = [over_four(words.plus, shift) for shift in sums[tile.own : -2]]
     for i in range(tile.own):
         acc[i] = words.plus(acc[i], shifts[i // (2 * each) * tile.runs // pieces])
-    written = Tile(**{f.name: getattr(tile, f.name) for f in dataclasses.fields(Tile)})
-    written = dataclasses.replace(written, line=8 * each, lines=pieces)
+    kept = {f.name: getattr(tile, f.name) for f in dataclasses.fields(Tile)}
+    written = Tile(**kept | {"line": 8 * each, "lines": pieces})
     gpu_merge_warps.finish(written, [*acc, *sums[-2:]], shared, peaks, out)

@@ -96,9 +96,12 @@ class Items:
             length = jnp.where(count > 0, length, 0)  # one block is read whatever there is, and hidden
             self.total = jnp.maximum(count * self._parts, 1)
         self.length = length
-        self._high = jnp.maximum(
-            jnp.minimum(reach(self.at, plan.packed), length), 0
-        )  # the least that a query sees up to
+
+        def up_to(at: Any) -> Any:
+            """Return the slot that a query at a position sees up to, of those that there are."""
+            return jnp.maximum(jnp.minimum(reach(at, plan.packed), length), 0)
+
+        self._high = up_to(self.at)  # the least
         low = high = jnp.int32(0)  # the least and the most slot that a query sees from
         if plan.ragged:
             low, high = refs["low_min"][b * plan.blocks + i], refs["low_max"][b * plan.blocks + i]
@@ -108,7 +111,7 @@ class Items:
         self._low = high
         if plan.lists is not None:
             return
-        end = div(jnp.maximum(jnp.minimum(reach(last, plan.packed), length), 0) + slots - 1, slots)
+        end = div(up_to(last) + slots - 1, slots)
         first = div(low, slots)
         self._last = jnp.maximum(end - 1, 0)
         self._count = jnp.maximum(end - first, 0)

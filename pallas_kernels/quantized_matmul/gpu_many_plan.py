@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import gpus
 from pallas_kernels.calls import div, rem
+from pallas_kernels.quantized_matmul.gpu_plan import LETTERS
 from pallas_kernels.quantized_matmul.gpu_tile import Form
 
-LETTERS = {"bfloat16": "bf16", "float16": "f16"}
 LINE = 64  # bytes of an output in a step
 PART = 64  # inputs that become floats at a time: four steps of the matrix instruction
 STRIP = 64  # outputs that the instruction takes
