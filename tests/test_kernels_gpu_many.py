@@ -139,6 +139,14 @@ def test_every_block_has_a_place(M, O):
     assert places == {(r, o) for r in range(rows) for o in range(outputs)}
 
 
+@pytest.mark.parametrize(("O", "outputs"), [(64, 64), (192, 128)])
+def test_a_block_is_no_wider_than_one_strip_of_outputs(O, outputs):
+    """Mosaic drops an axis of one tile from its copies: a second strip would be written over the first."""
+    x, values = jax.ShapeDtypeStruct((65, 128), jnp.bfloat16), jax.ShapeDtypeStruct((O, 128), jnp.int8)
+    plan = plan_for(x, values, jax.ShapeDtypeStruct((1, O), jnp.bfloat16), "int8", None, {"outputs": 128}, H100)
+    assert plan.outputs == outputs
+
+
 @pytest.mark.parametrize(("splits", "found"), [(1, 1), (2, 2), (4, 3), (9, 5)])
 def test_every_split_has_a_step(splits, found):
     """Of five: four splits of two each would leave the last one none, which it would wait for."""

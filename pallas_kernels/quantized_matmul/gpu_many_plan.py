@@ -101,6 +101,8 @@ def plan_for(x: Any, values: Any, scale: Any, qtype: str, offset: Any, blocks: d
     """
     (M, I), O = x.shape, values.shape[0]
     chosen = default_blocks(M, I, O, gpu) | blocks
+    if O == STRIP:  # copies by Mosaic have no coordinate where there is one tile: they would write the next one over it
+        chosen["outputs"] = STRIP
     group, grids = I // scale.shape[0], [scale] if offset is None else [scale, offset]
     plan = Plan(
         qtype, LETTERS[x.dtype.name], M, I, O, chosen["outputs"], min(2, max(1, chosen["outputs"] // STRIP)),
