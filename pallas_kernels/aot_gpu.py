@@ -1,12 +1,12 @@
 """Compile the kernels' cases for an H100 with no GPU: to machine code, with the registers and spills of each.
 
-    python -m pallas_kernels.aot_gpu [--kernels decode_attention,...] [--cases NAME,...] [--timed]
+    python -m pallas_kernels.aot_gpu [--kernels decode_attention,...] [--cases NAME,...] [--timed] [--run N]
 
 prints one JSON line a case: its kernels, the most registers a thread, the bytes spilled, and how many kernels' products
-the assembler has wait for each other; or the error. Needs jax's
-CUDA plugin of the version of jax, no driver: pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
-(with --no-deps --target FOLDER, and FOLDER on PYTHONPATH, to keep them apart). In a process of its own: the compiler
-reads its variables once.
+the assembler has wait for each other; or the error. With --run the case's PTX is run instead, on NumPy (`ptx`) and in N
+of the orders that a GPU might take: how far it is from its reference, and status 1 where one is wrong. Needs jax's
+compiler for NVIDIA's GPUs, which --install fetches (132 MB). In a process of its own: the compiler reads its variables
+once, and writes nothing about what it has compiled before.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+_LATE = (0.5, 0.0, 1.0)  # chances that a copy or a product is late, in the orders that a case is run in
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -74,8 +76,35 @@ def compile_case(kernel: Any, case: Any, dump: Path) -> dict[str, Any]:
     }
 
 
-def compile_cases(names: list[str], cases: list[str] | None, timed: bool, dump: Path) -> Iterator[dict[str, Any]]:
-    """Compile the cases of kernels, and yield a line for each."""
+def run_case(kernel: Any, case: Any, dump: Path, orders: int) -> dict[str, Any]:
+    """Run a case's PTX on NumPy and return how far it is from its reference at most, and what is wrong with it."""
+    import jax
+
+    from pallas_kernels import gpu_measure, gpus
+    from pallas_kernels.ptx.run import emulated
+
+    found: dict[str, Any] = {"right": True, "runs": 0}
+    for order in range(orders):
+        with gpus.assume("h100"), emulated(device(), dump, _LATE[order % len(_LATE)], order) as emulation:
+            try:
+                line = gpu_measure.check(kernel, case)
+            except jax.errors.JaxRuntimeError:
+                if not emulation.wrong:
+                    raise
+                line = {"ok": False, "wrong": emulation.wrong[0]}
+        found["right"] &= line["ok"]
+        found["error"] = max(found.get("error", 0.0), line.get("error", 0.0))
+        found["runs"] += sum(emulation.runs.values())
+        if not line["ok"]:
+            found |= {"order": order} | ({"wrong": line["wrong"]} if "wrong" in line else {})
+            break
+    return found
+
+
+def compile_cases(
+    names: list[str], cases: list[str] | None, timed: bool, dump: Path, orders: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Compile the cases of kernels, and run them in so many orders; yield a line for each."""
     from pallas_kernels.kernels import kernel as find
 
     for name in names:
@@ -87,7 +116,10 @@ def compile_cases(names: list[str], cases: list[str] | None, timed: bool, dump: 
                 continue
             line: dict[str, Any] = {"kernel": name, "case": case.name}
             try:
-                line |= compile_case(found, case.narrowed(), dump)
+                if orders:
+                    line |= run_case(found, case, dump, orders)
+                else:
+                    line |= compile_case(found, case.narrowed(), dump)
             except NotImplementedError as error:
                 line["unsupported"] = str(error)
             except Exception as error:  # whatever the compiler says is the answer
@@ -95,24 +127,41 @@ def compile_cases(names: list[str], cases: list[str] | None, timed: bool, dump: 
             yield line
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Compile what the command line names."""
-    from pallas_kernels.kernels import ON_GPUS
-
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; return its status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", default=",".join(ON_GPUS))
+    parser.add_argument("--kernels", default=None, help="default: every kernel")
     parser.add_argument("--cases", default=None, help="default: every case")
     parser.add_argument("--timed", action="store_true", help="the timed cases instead of the tests'")
+    parser.add_argument("--run", type=int, default=0, metavar="N", help="run the cases' PTX on NumPy, in N orders")
+    parser.add_argument("--install", action="store_true", help="fetch jax's compiler for NVIDIA's GPUs first")
     parser.add_argument("--dump", type=Path, default=None, help="keep what the compiler writes of the last case here")
     args = parser.parse_args(argv)
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    from pallas_kernels import cuda_compiler
+
+    try:
+        if args.install:
+            cuda_compiler.install()
+        sys.path += cuda_compiler.find()  # before Mosaic is imported, which looks for its library then
+    except RuntimeError as error:
+        parser.error(str(error))
+    from pallas_kernels.kernels import ON_GPUS
+    from pallas_kernels.ptx.run import environment
+
+    names = args.kernels.split(",") if args.kernels else list(ON_GPUS)
+    if unknown := [name for name in names if name not in ON_GPUS]:
+        parser.error(f"--kernels {unknown[0]}: must be of {', '.join(ON_GPUS)}")
+    wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         dump = args.dump or Path(folder) / "dump"
-        os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTX": "1"}
-        os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        names = args.cases.split(",") if args.cases else None
-        for line in compile_cases(args.kernels.split(","), names, args.timed, dump):
+        os.environ |= environment(dump)
+        cases = args.cases.split(",") if args.cases else None
+        for line in compile_cases(names, cases, args.timed, dump, args.run):
             print(json.dumps(line), flush=True)
+            wrong += not line.get("right", "unsupported" in line or not args.run)
+    return min(wrong, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
