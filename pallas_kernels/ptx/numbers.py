@@ -122,12 +122,10 @@ def maximum(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
     return np.fmax(a, b)
 
 
-def multiply_high(a: NDArray, b: NDArray) -> Bits:
+def multiply_high(a: NDArray, b: NDArray) -> NDArray:
     """Return the upper half of a product."""
-    if a.dtype.itemsize == 4:
-        wide = a.astype(i8 if a.dtype.kind == "i" else u8)
-        return (wide * b >> wide.dtype.type(32)).astype(u4)
-    return np.array([int(x) * int(y) >> 64 for x, y in zip(a, b, strict=True)], u8)
+    bits = 8 * a.dtype.itemsize
+    return np.array([int(x) * int(y) >> bits for x, y in zip(a, b, strict=True)], object).astype(a.dtype)
 
 
 def to_integer(x: NDArray[np.float32]) -> NDArray[np.int32]:

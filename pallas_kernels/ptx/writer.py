@@ -150,7 +150,7 @@ class Writer:
             a, b = (f"{self.value(x, narrow)}.astype({_WIDER[narrow]})" for x in operands[1:])
             self.put(operands[0], f"{a} * {b}", _WIDER[narrow])
         elif parts[1] == "hi":
-            self._plain(operands, _TYPES[kind], "multiply_high({}, {})", "u4" if kind[1:] == "32" else "u8")
+            self._plain(operands, _TYPES[kind], "multiply_high({}, {})")
         else:
             self._add(parts, operands)
 
