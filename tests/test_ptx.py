@@ -369,6 +369,27 @@ def test_mma(kind):
         assert found[register, lane] == expected[lane // 4 + 8 * (register // 2), lane % 4 * 2 + register % 2]
 
 
+@pytest.mark.parametrize("turned", ["", ".trans"])
+def test_matrices_of_halves(turned):
+    """Lane 8 i + r says where row r of matrix i lies; lane l gets two of row l / 4, or of column l / 4."""
+    x = np.arange(4 * 8 * 8, dtype=np.int32).astype(np.uint16).reshape(4, 8, 8)
+    body = f"""
+    mov.b64 %rd31, shmem; cvt.u32.u64 %r1, %rd31; shl.b32 %r2, %r0, 4; add.s32 %r3, %r1, %r2;
+    add.s64 %rd30, %rd0, %rd20; add.s64 %rd32, %rd1, %rd20;
+    ld.global.b32 %r10, [%rd30]; ld.global.b32 %r11, [%rd30+128]; ld.global.b32 %r12, [%rd30+256];
+    ld.global.b32 %r13, [%rd30+384];
+    stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r3], {{%r10, %r11, %r12, %r13}};
+    bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x4{turned}.shared.b16 {{%r14, %r15, %r16, %r17}}, [%r3];
+    st.global.b32 [%rd32], %r14; st.global.b32 [%rd32+128], %r15; st.global.b32 [%rd32+256], %r16;
+    st.global.b32 [%rd32+384], %r17;
+    """
+    (found,) = run(body, [x.reshape(-1).view(np.uint32)], [np.empty((4, 32), np.uint32)])
+    for i, lane in itertools.product(range(4), range(32)):
+        row = (x[i].T if turned else x[i])[lane // 4]
+        assert (found[i, lane] & 0xFFFF, found[i, lane] >> 16) == tuple(row[lane % 4 * 2 :][:2])
+
+
 @pytest.mark.parametrize("late", [0.0, 1.0])
 @pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("swizzle", [128, 64, 32])

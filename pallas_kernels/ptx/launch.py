@@ -138,13 +138,13 @@ class _Host:
 
     def parameter(self, name: str, tensors: tuple[Tensor, ...]) -> int | tuple[Tensor, ...]:
         """Return what is given to the kernel: an argument's number, or the tensors."""
-        text = self.defined[name]
-        if not re.match(r"llvm\.load %\w+ .*-> !llvm\.ptr", text):
+        found = re.match(r"llvm\.load (%\w+) .*-> !llvm\.ptr", self.defined[name])
+        if found is None:
             return tensors
-        pointer = self.defined.get(self._first(text))
-        if pointer is None:  # the first of all: LLVM leaves out the step to it
+        pointers = re.search(r"\(%\w+: [^,]*, (%\w+):", self.lines[0])[1]
+        if found[1] == pointers:  # the first of all: LLVM leaves out the step to it
             return 0
-        return int(re.match(r"llvm\.getelementptr %arg1\[(\d+)\]", pointer)[1])
+        return int(re.match(rf"llvm\.getelementptr {pointers}\[(\d+)\]", self.defined[found[1]])[1])
 
 
 def element_bytes(name: str) -> int:

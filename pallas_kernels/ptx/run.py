@@ -59,7 +59,7 @@ class Emulation:
             self.runs[name] = self.runs.get(name, 0) + 1
             try:
                 return execute(compiled, [np.asarray(x) for x in given], out, self.lateness, self.seed)
-            except Wrong as wrong:
+            except (Wrong, NotImplementedError) as wrong:
                 self.wrong.append(f"{name}: {wrong}")
                 raise
 

@@ -16,7 +16,7 @@ from pallas_kernels.ptx.writer import KINDS, LANES, Writer
 # What ends a run: the machine does these, since a warp may have to wait there.
 WAITS = ("bar.sync", "barrier.cluster.wait", "mbarrier.try_wait", "ret", "bra")
 # What all lanes of a warp do together.
-TOGETHER = ("shfl.sync", "mma.sync", "elect.sync", "redux.sync", "wgmma.", "bar.", "barrier.", "setmaxnreg")
+TOGETHER = ("shfl.sync", "mma.sync", "elect.sync", "redux.sync", "ldmatrix", "stmatrix", "wgmma", "bar", "setmaxnreg")
 
 
 @dataclasses.dataclass(frozen=True)

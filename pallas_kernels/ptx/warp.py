@@ -101,6 +101,24 @@ class Warp:
         same = shared.bytes[places] == given
         shared.unseen[places] = np.where(same, np.where(before, before | me, np.uint32(0)), me)
 
+    def load_matrices(self, at: NDArray[np.int64], count: int, turned: bool) -> list[NDArray]:
+        """Return matrices of 8 by 8 halves: lanes 8 i and on say where the rows of the i-th lie, of 16 bytes each."""
+        rows = at[: 8 * count]
+        self.cluster.shared.check(rows, 16)
+        halves = self.cluster.shared.bytes.view(np.uint16)[rows[:, None] // 2 + np.arange(8)].reshape(count, 8, 8)
+        halves = halves.swapaxes(1, 2) if turned else halves
+        return [np.ascontiguousarray(x).view(np.uint32).reshape(32) for x in halves]
+
+    def store_matrices(self, at: NDArray[np.int64], values: list[NDArray], turned: bool) -> None:
+        """Write what `load_matrices` would return."""
+        rows = at[: 8 * len(values)]
+        self.cluster.shared.check(rows, 16)
+        halves = np.stack([np.ascontiguousarray(x).view(np.uint16).reshape(8, 8) for x in values])
+        halves = np.ascontiguousarray(halves.swapaxes(1, 2) if turned else halves).reshape(-1, 8)
+        places, given = rows[:, None] + np.arange(16), halves.view(np.uint8)
+        self._mark(places, given)
+        self.cluster.shared.bytes[places] = given
+
     def _where(self, space: str, at: NDArray[np.int64]) -> tuple[Any, NDArray[np.int64]]:
         if space == "any":
             space = "global" if len(at) and at[0] >= GLOBAL else "shared"

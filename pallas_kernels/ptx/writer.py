@@ -25,7 +25,7 @@ _WIDTH = {"b1": 0, "u1": 1, "i1": 1, "u2": 2, "i2": 2, "f2": 2, "u4": 4, "i4": 4
 _WIDER = {"i2": "i4", "u2": "u4", "i4": "i8", "u4": "u8"}
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
-_NOTHING = ("griddepcontrol", "setmaxnreg", "fence.mbarrier_init", "wgmma.fence")
+_NOTHING = ("griddepcontrol", "prefetch", "setmaxnreg", "fence.mbarrier_init", "wgmma.fence")
 
 
 class Writer:
@@ -273,7 +273,7 @@ class Writer:
     # Memory. The warp does it.
 
     def _ld(self, parts, operands):
-        if parts[1] == "param":
+        if parts[1].startswith("param"):
             name = operands[1].strip("[]")
             self.put(operands[0], f"w.parameter({self.code.program.parameters.index(name)})", "u8")
             return
@@ -288,6 +288,15 @@ class Writer:
         kind = _TYPES[parts[-1]]
         values = ", ".join(self.value(x, kind) for x in operands[1].strip("{}").split(","))
         self.lines.append(f"w.store({space!r}, {self.address(operands[0])}, [{values}], {self.active})")
+
+    def _ldmatrix(self, parts, operands):
+        names = operands[0].strip("{}").split(",")
+        self.lines.append(f"x = w.load_matrices({self.address(operands[1])}, {len(names)}, {'trans' in parts})")
+        self.together_put(operands[0], [f"x[{n}]" for n in range(len(names))], ["u4"] * len(names))
+
+    def _stmatrix(self, parts, operands):
+        values = ", ".join(self.value(x, "u4") for x in operands[1].strip("{}").split(","))
+        self.lines.append(f"w.store_matrices({self.address(operands[0])}, [{values}], {'trans' in parts})")
 
     def _mapa(self, parts, operands):
         self.put(operands[0], f"w.of_rank({self.value(operands[1], 'u4')}, {self.value(operands[2], 'u4')})", "u4")
