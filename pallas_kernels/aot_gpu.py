@@ -83,7 +83,7 @@ def run_case(kernel: Any, case: Any, dump: Path, orders: int) -> dict[str, Any]:
     from pallas_kernels import gpu_measure, gpus
     from pallas_kernels.ptx.run import emulated
 
-    found: dict[str, Any] = {"right": True, "runs": 0}
+    found: dict[str, Any] = {"jax": jax.__version__, "right": True, "runs": 0}
     for order in range(orders):
         with gpus.assume("h100"), emulated(device(), dump, _LATE[order % len(_LATE)], order) as emulation:
             try:

@@ -276,6 +276,13 @@ def test_the_tables_of_the_readme_are_those_of_the_results(capsys):
     ran = {(x["kernel"], x["case"]) for x in checks}
     cases = {(name, case.name) for name in ON_GPUS for case in (*kernel(name).tests, *kernel(name).gpu_tests)}
     assert ran < cases and f"{len(cases - ran)} cases have not run on a GPU" in readme
+    lines = [json.loads(line) for line in (results / "emulated_h100.jsonl").read_text().splitlines()]
+    emulated = {(x["kernel"], x["case"]): x for x in lines}
+    right = {place for place, x in emulated.items() if x.get("right")}
+    assert set(emulated) == cases and all(x.get("right") or "unsupported" in x for x in lines)
+    assert f"All {len(right)} cases that the kernels take" in readme
+    both = [(emulated[place]["error"], x["error"]) for x in checks if (place := (x["kernel"], x["case"])) in right]
+    assert f"{sum(a == b for a, b in both)} of {len(both)} are off by the same number" in " ".join(readme.split())
 
 
 def test_without_a_gpu_the_command_says_so(capsys):
