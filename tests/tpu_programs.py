@@ -68,10 +68,10 @@ def kernels(program: Program, tokens: int, chip: str | None) -> dict[str, int]:
     return dict(collections.Counter(names))
 
 
-def copies_in_a_loop(cache_pass: tuple, batch: int, tokens: int) -> list[str]:
+def copies_in_a_loop(program: Program, batch: int, tokens: int) -> list[str]:
     """Return the copies of whole cache arrays that a loop of appends and attentions makes, compiled for a TPU v5e."""
     one = SingleDeviceSharding(compat.topology_device("v5e:2x2"))
-    node = next(iter(select(apply(Program(random(CONFIG)), *cache_pass).model, Attention).values()))
+    node = next(iter(select(program.model, Attention).values()))
     K, N, H = CONFIG.num_kv_heads, CONFIG.num_heads, CONFIG.head_dim
     cache = jax.eval_shape(lambda: node.cache.create(batch, 4096, K, H, jnp.bfloat16))
 
@@ -101,8 +101,9 @@ def main() -> None:
         program = apply(base[dtype], *passes)
         print(json.dumps({"program": name, "kernels": kernels(program, tokens, "v5e")}), flush=True)
     for name, passes in LOOPS.items():
+        program = apply(base["float32"], *passes)
         for batch, tokens in ((1, 1), (4, 1), (4, 4)):
-            found = copies_in_a_loop(passes, batch, tokens)
+            found = copies_in_a_loop(program, batch, tokens)
             print(json.dumps({"program": f"loop_{name}_{batch}_{tokens}", "copies": found}), flush=True)
     print(json.dumps({"program": "xla", "kernels": kernels(base["bfloat16"], 1, None)}), flush=True)
 
