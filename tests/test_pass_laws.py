@@ -64,6 +64,12 @@ def applied(name: str, kind: str = "dense", **options) -> Program:
     return apply(base(kind), dataclasses.replace(parse(name), **options), calibration=calibration(kind))
 
 
+@functools.cache
+def kept(name: str, kind: str = "dense", **settings) -> Program:
+    """Return `applied` for a test that only reads it: some passes learn for seconds, and many tests ask for each."""
+    return applied(name, kind, **settings)
+
+
 @jax.jit
 def _logits(model, ids, cache):
     hidden, cache = model(ids, cache)
@@ -106,7 +112,7 @@ def test_the_input_is_untouched(name):
 def test_shapes_are_enough(name, kind):
     """The structure, shapes and dtypes of the result are known without weights, without text, in both ways."""
     try:
-        real = applied(name, kind)
+        real = kept(name, kind)
     except InputError as e:
         assert kind == "experts" and "expert" in str(e)  # refused with the reason
         return
@@ -164,8 +170,7 @@ def in_three_parts(program: Program, ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_prefill_equals_step_by_step(name):
-    program = applied(name)
-    assert_same_run(program, stepwise, base())
+    assert_same_run(kept(name), stepwise, base())
 
 
 @pytest.mark.parametrize("name", [n for n in ALONE if about(n).degenerate is not None])
@@ -176,7 +181,7 @@ def test_the_degenerate_setting_is_the_baseline(name):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_pass_is_lossless_or_says_that_it_is_not(name):
-    difference = np.abs(prefill(applied(name)) - prefill(base())).max() / np.abs(prefill(base())).max()
+    difference = np.abs(prefill(kept(name)) - prefill(base())).max() / np.abs(prefill(base())).max()
     assert (difference < 1e-4) if about(name).lossless else (difference > 1e-6)
 
 
@@ -193,7 +198,7 @@ def fork_bytes(program: Program, length: int) -> int:
 def test_the_graph_that_runs_did_change(name):
     """A pass can't be a flag: the compiled step reads other bytes, keeps other bytes, or computes something else."""
     sizes = {}
-    for label, program in (("before", base()), ("after", applied(name))):
+    for label, program in (("before", base()), ("after", kept(name))):
         step = _logits.lower(program.model, IDS[:, :1], program.model.init_cache(1, SLOTS)).compile()
         cache = [nbytes(program.model.init_cache(1, n)) for n in (SLOTS, 4 * SLOTS)]
         sizes[label] = {
@@ -217,7 +222,7 @@ def test_the_graph_that_runs_did_change(name):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_nothing_is_compiled_twice(name):
-    program = applied(name)
+    program = kept(name)
     step = jax.jit(lambda model, ids, cache: model(ids, cache))
     _, cache = step(program.model, IDS[:, :1], program.model.init_cache(1, SLOTS))
     step(applied(name).model, IDS[:, 1:2], cache)
@@ -253,7 +258,7 @@ def test_a_pair_runs_and_keeps_its_laws_or_is_refused_with_a_reason(first, then)
     kind = str(1 + (first in DEPTH) + (then in DEPTH))
     program, text = base(kind), calibration(kind)
     technique, after = (dataclasses.replace(parse(name), **SETTINGS.get(name, {})) for name in (first, then))
-    one = apply(program, technique, calibration=text)
+    one = kept(first, kind, **SETTINGS.get(first, {}))
     reason = conflict(*one.passes[0], after)
     if reason:
         with pytest.raises(InputError, match=f"^{after.name} after {technique.name}: ") as refused:
