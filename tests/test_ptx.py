@@ -242,6 +242,10 @@ WRONG = {
     "cp.async.bulk.commit_group;": "ends before its copies",
     "setp.lt.s32 %p1, %r0, 16; @%p1 bra $A; shfl.sync.idx.b32 %r1, %r0, 0, 31, -1; ret; $A: bar.sync 0;": "all warps",
     "frobnicate.b32 %r1, %r2;": "not known",
+    "shfl.sync.up.b32 %r1, %r0, 1, 0, -1;": "not known",
+    "cvt.rmi.s32.f32 %r1, %r0;": "not known",
+    "add.sat.s32 %r1, %r0, %r0;": "not known",
+    "setp.lt.s32 %p1, %r0, 9; @%p1 bar.sync 0;": "not known",
 }
 
 
@@ -451,5 +455,7 @@ def test_arrays_of_other_shapes_and_logs_of_other_forms_are_refused():
         execute(kernel, [np.zeros(3, np.int32)], [])
     with pytest.raises(ValueError, match="no function of the host"):
         read("// -----// IR Dump Before A //----- //\nmodule {}\ngpu.launch_func\n")
+    with pytest.raises(ValueError, match="shows no launch"):
+        read("")
     with pytest.raises(ValueError, match=r"no \.entry"):
         parse("// nothing")

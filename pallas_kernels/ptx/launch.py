@@ -40,6 +40,8 @@ def read(log: str) -> Launch:
         ValueError: a log of another form.
     """
     dumps = re.split(r"^// -----// IR Dump[^\n]*\n", log, flags=re.MULTILINE)
+    if len(dumps) < 2 or "gpu.launch_func" not in log:
+        raise ValueError("the log shows no launch: another version of Mosaic GPU?")
     before, after = _host(dumps[1]), _host(next(d for d in reversed(dumps) if "gpu.launch_func" in d))
     launch = next(line for line in after.lines if "gpu.launch_func" in line)
     tensors = before.tensors()

@@ -1,7 +1,8 @@
 """A GPU of one cluster at a time: warps take turns at random, and copies and products happen early or late.
 
 What no order of a GPU could do is refused (`memory.Wrong`): accesses outside arrays or not aligned, copies that read
-what was not fenced, blocks that end before their copies, warps that wait for ever. It knows no time and no caches.
+what was not fenced, blocks that end before their copies, warps that wait for ever. It knows no time and no caches, one
+cluster sees nothing of another, and whether wgmma.fence is where registers need it, it can't say.
 """
 
 import random
@@ -146,6 +147,8 @@ class Machine:
             if not warp.alive.any():
                 warp.end()
             return at + 1
+        if one.guard is not None:
+            raise NotImplementedError(f"{one}: a wait under a condition is not known here")
         if one.opcode.startswith("bar.sync"):
             if warp.waits is None:
                 number = self._number(warp, one.operands[0])
@@ -168,7 +171,7 @@ class Machine:
         if barrier.phase % 2 == parity % 2:
             return None
         place = self.code.places[one.operands[0]]
-        warp.registers[place] = np.ones(32, bool)
+        warp.registers[place] = np.ones(32, bool) if mask is None else warp.registers[place] | mask
         return at + 1
 
     def _number(self, warp: Warp, text: str, lane: int = 0) -> int:

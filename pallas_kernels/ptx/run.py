@@ -95,7 +95,8 @@ def emulated(device: Any, dump: Path, lateness: float = 0.5, seed: int = 0) -> I
         def on(kept: list[Any], changed: list[Any]) -> Any:
             split = len(kept)
             found = emulation.run(lambda *x: run(list(x[:split]), list(x[split:])), [*kept, *changed])
-            return found[: -len(changed)], found[-len(changed) :]
+            made = len(found) - len(changed)
+            return found[:made], found[made:]
 
         return on
 
@@ -107,11 +108,19 @@ def emulated(device: Any, dump: Path, lateness: float = 0.5, seed: int = 0) -> I
 
 
 def compile_kernel(lowered: Any, dump: Path) -> Compiled:
-    """Compile a function that is one kernel, and read what the compiler writes of it."""
+    """Compile a function that is one kernel, and read what the compiler writes of it.
+
+    Raises:
+        RuntimeError: it wrote nothing.
+    """
     shutil.rmtree(dump, ignore_errors=True)
     dump.mkdir(parents=True)
     text = lowered.compile().as_text()
-    (ptx,), (log,) = dump.glob("*.ptx"), dump.glob("*.mlir-passes.log")
+    ptx, log = (next(dump.glob(f"*.{kind}"), None) for kind in ("ptx", "mlir-passes.log"))
+    if ptx is None or log is None:
+        raise RuntimeError(
+            "the compiler wrote no PTX: set `environment` before jax is imported, and compile a kernel once"
+        )
     call = next(line for line in text.splitlines() if 'custom_call_target="mosaic_gpu' in line)
     aliased = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", call)
     pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}", aliased[1]) if aliased else []

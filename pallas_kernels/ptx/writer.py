@@ -20,11 +20,29 @@ _ADDRESS = re.compile(r"\[([^+\]]+)(?:\+(-?\d+))?\]$")
 _TYPES = {
     "pred": "b1", "b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2",
     "b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "b64": "u8", "u64": "u8", "s64": "i8", "bf16": "u2",
+    "bf16x2": "u4", "f16x2": "u4", "e4m3x2": "u2",
 }  # fmt: skip
 _WIDTH = {"b1": 0, "u1": 1, "i1": 1, "u2": 2, "i2": 2, "f2": 2, "u4": 4, "i4": 4, "f4": 4, "u8": 8, "i8": 8}
 _WIDER = {"i2": "i4", "u2": "u4", "i4": "i8", "u4": "u8"}
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
+# What may follow an instruction's name besides types: another word would change what it does.
+_WORDS = {
+    "add": "rn", "sub": "rn", "and": "", "or": "", "xor": "", "not": "", "neg": "", "abs": "", "mul": "rn lo hi wide",
+    "mad": "lo", "fma": "rn", "div": "rn full", "max": "NaN", "min": "relu NaN", "ex2": "approx ftz",
+    "lg2": "approx ftz", "rcp": "approx ftz", "rsqrt": "approx ftz", "tanh": "approx", "shl": "", "shr": "", "bfe": "",
+    "prmt": "", "lop3": "", "setp": "eq ne lt le gt ge nan", "selp": "", "mov": "", "cvta": "to param global shared",
+    "cvt": "rn rni satfinite", "ld": "param param::entry shared global v2 v4", "mapa": "shared::cluster",
+    "st": "shared shared::cluster global v2 v4", "ldmatrix": "sync aligned m8n8 x1 x2 x4 trans shared",
+    "stmatrix": "sync aligned m8n8 x1 x2 x4 trans shared", "elect": "sync", "shfl": "sync bfly idx",
+    "redux": "sync max",
+    "fence": "proxy async shared::cta", "mma": "sync aligned m16n8k16 m16n8k32 row col",
+    "barrier": "cluster arrive relaxed release aligned",
+    "mbarrier": "init arrive expect_tx release cta shared shared::cta",
+    "cp": "async bulk tensor 1d 2d 3d 4d 5d global shared::cluster shared::cta mbarrier::complete_tx::bytes bulk_group "
+    "commit_group wait_group read",
+}  # fmt: skip
+_TOGETHER = ("mma", "wgmma", "ldmatrix", "stmatrix", "shfl", "redux", "fence", "barrier")  # and so without a guard
 _NOTHING = ("griddepcontrol", "prefetch", "setmaxnreg", "fence.mbarrier_init", "wgmma.fence")
 
 
@@ -58,8 +76,9 @@ class Writer:
         parts = one.opcode.split(".")
         if one.opcode.startswith(_NOTHING):
             return
-        method = getattr(self, f"_{parts[0]}", None)
-        if method is None:
+        method, words = getattr(self, f"_{parts[0]}", None), _WORDS.get(parts[0])
+        known = words is None or set(parts[1:]) <= _TYPES.keys() | set(words.split())
+        if method is None or not known or (one.guard is not None and parts[0] in _TOGETHER):
             raise NotImplementedError(f"{one}: the instruction is not known here")
         method(parts, one.operands)
 
@@ -327,6 +346,8 @@ class Writer:
 
     def _wgmma(self, parts, operands):
         if parts[1] == "mma_async":
+            if not re.fullmatch(r"m64n\d+k16", parts[4]) or parts[5] != "f32" or parts[6] not in ("bf16", "f16"):
+                raise NotImplementedError(f"{'.'.join(parts)}: the product is not known here")
             places = self.code.places
             targets = [places[x] for x in operands[0].strip("{}").split(",")]
             if operands[1].startswith("{"):
