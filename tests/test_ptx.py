@@ -96,6 +96,7 @@ INTEGERS = {
     "bfe.s32 %r9, %r1, 5, 7;": lambda a, b: signed(a) << 52 >> 57,
     "bfe.u32 %r9, %r1, 5, 7;": lambda a, b: a >> 5 & 127,
     "min.relu.s32 %r9, %r1, %r2;": lambda a, b: np.maximum(np.minimum(signed(a), signed(b)), 0),
+    "max.relu.s32 %r9, %r1, %r2;": lambda a, b: np.maximum(np.maximum(signed(a), signed(b)), 0),
     "lop3.b32 %r9, %r1, %r2, 255, 0xEA;": lambda a, b: (a & b) | 255,
     "lop3.b32 %r9, %r1, %r2, -128, 106;": lambda a, b: (a & b) ^ np.uint32(0xFFFFFF80),
     "prmt.b32 %r9, %r1, %r2, 0x7304;": lambda a, b: (

@@ -29,7 +29,7 @@ _BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"
 # What may follow an instruction's name besides types: another word would change what it does.
 _WORDS = {
     "add": "rn", "sub": "rn", "and": "", "or": "", "xor": "", "not": "", "neg": "", "abs": "", "mul": "rn lo hi wide",
-    "mad": "lo", "fma": "rn", "div": "rn full", "max": "NaN", "min": "relu NaN", "ex2": "approx ftz",
+    "mad": "lo", "fma": "rn", "div": "rn full", "max": "relu NaN", "min": "relu NaN", "ex2": "approx ftz",
     "lg2": "approx ftz", "rcp": "approx ftz", "rsqrt": "approx ftz", "tanh": "approx", "shl": "", "shr": "", "bfe": "",
     "prmt": "", "lop3": "", "setp": "eq ne lt le gt ge nan", "selp": "", "mov": "", "cvta": "to param global shared",
     "cvt": "rn rni satfinite", "ld": "param param::entry shared global v2 v4", "mapa": "shared::cluster",
