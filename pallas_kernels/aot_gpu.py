@@ -101,6 +101,10 @@ def run_case(kernel: Any, case: Any, dump: Path, orders: int) -> dict[str, Any]:
     return found
 
 
+def _cases(kernel: Any, timed: bool) -> tuple[Any, ...]:
+    return tuple(kernel.gpu_timed or kernel.timed) if timed else (*kernel.tests, *kernel.gpu_tests)
+
+
 def compile_cases(
     names: list[str], cases: list[str] | None, timed: bool, dump: Path, orders: int = 0
 ) -> Iterator[dict[str, Any]]:
@@ -111,7 +115,7 @@ def compile_cases(
         found = find(name)
         if found.gpu is None:
             continue
-        for case in (found.gpu_timed or found.timed) if timed else (*found.tests, *found.gpu_tests):
+        for case in _cases(found, timed):
             if cases is not None and case.name not in cases:
                 continue
             line: dict[str, Any] = {"kernel": name, "case": case.name}
@@ -146,17 +150,24 @@ def main(argv: list[str] | None = None) -> int:
         sys.path += cuda_compiler.find()  # before Mosaic is imported, which looks for its library then
     except RuntimeError as error:
         parser.error(str(error))
-    from pallas_kernels.kernels import ON_GPUS
+    from pallas_kernels.kernels import ON_GPUS, kernel
     from pallas_kernels.ptx.run import environment
 
     names = args.kernels.split(",") if args.kernels else list(ON_GPUS)
     if unknown := [name for name in names if name not in ON_GPUS]:
         parser.error(f"--kernels {unknown[0]}: must be of {', '.join(ON_GPUS)}")
+    cases = args.cases.split(",") if args.cases else None
+    there = {case.name for name in names for case in _cases(kernel(name), args.timed)}
+    if unknown := [name for name in cases or () if name not in there]:
+        parser.error(
+            f"--cases {unknown[0]}: none of {', '.join(names)} has it; of them, {', '.join(sorted(there)[:8])}, ..."
+        )
+    if args.run < 0:
+        parser.error(f"--run {args.run}: must be 1 or more orders")
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         dump = args.dump or Path(folder) / "dump"
         os.environ |= environment(dump)
-        cases = args.cases.split(",") if args.cases else None
         for line in compile_cases(names, cases, args.timed, dump, args.run):
             print(json.dumps(line), flush=True)
             wrong += not line.get("right", "unsupported" in line or not args.run)

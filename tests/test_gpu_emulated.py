@@ -58,6 +58,17 @@ def test_cases_of_every_kernel_are_right(compiler):
         assert case in {c.name for c in (*kernel(name).tests, *kernel(name).gpu_tests)}
 
 
+def test_a_mistake_is_told_in_a_line(compiler):
+    for arguments, said in (
+        (["--kernels", "decode_attentio"], "--kernels decode_attentio: must be of decode_attention, "),
+        (["--kernels", "rms_norm", "--cases", "bf1"], "--cases bf1: none of rms_norm has it; of them, alone, "),
+        (["--run", "-1"], "--run -1: must be 1 or more orders"),
+    ):
+        command = [sys.executable, "-m", "pallas_kernels.aot_gpu", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+
+
 def test_programs_decode_as_by_xla(compiler, tmp_path):
     """With caches, weights and drafts of every kind of step: prompts, one new token a row, and several."""
     expected = {
