@@ -71,10 +71,10 @@ class _Host:
         self.lines = [line.strip() for line in lines]
         self.defined: dict[str, str] = {}
         for line in self.lines:
-            if found := re.match(r"(%\w+)(?::\d+)?(?:, %[\w:]+)* = (.*)", line):
-                self.defined.setdefault(found[1], found[2])
-                for other in re.findall(r"(%\w+)(?::\d+)?[, ]", line.split(" = ")[0] + " "):
-                    self.defined.setdefault(other, found[2])
+            names, defines, text = line.partition(" = ")
+            if defines and names.startswith("%"):
+                for name in re.findall(r"%\w+", names):
+                    self.defined.setdefault(name, text)
 
     def number(self, name: str) -> int:
         """Return a constant."""

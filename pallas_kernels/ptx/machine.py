@@ -77,12 +77,7 @@ class Machine:
         """Run a warp until it has to wait; return whether it got anywhere."""
         moved = False
         while warp.alive.any():
-            if warp.together:
-                at, mask = warp.place, None
-                went = self._step(warp, at, mask)
-            else:
-                went = self._scattered(warp)
-            if not went:
+            if not (self._step(warp, warp.place, None) if warp.together else self._scattered(warp)):
                 return moved
             moved = True
         return moved

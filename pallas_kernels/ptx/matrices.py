@@ -39,22 +39,22 @@ def columns_of_b(bits: NDArray[np.uint32], kind: str) -> NDArray:
     return found
 
 
+def _place(register: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the row and the column of each lane's sum in a register."""
+    return _ROW + 8 * (register // 2 % 2), 8 * (register // 4) + 2 * _COLUMN + register % 2
+
+
 def of_fragment(x: NDArray) -> NDArray:
     """Return the sums `[16, n]` that registers `[n / 2, 32]` of a warp hold."""
     found = np.empty((16, 2 * len(x)), x.dtype)
-    for register in range(len(x)):
-        found[_ROW + 8 * (register // 2 % 2), 8 * (register // 4) + 2 * _COLUMN + register % 2] = x[register]
+    for register, held in enumerate(x):
+        found[_place(register)] = held
     return found
 
 
 def to_fragment(sums: NDArray) -> NDArray:
     """Return the registers `[n / 2, 32]` of a warp that hold sums `[16, n]`."""
-    return np.stack(
-        [
-            sums[_ROW + 8 * (register // 2 % 2), 8 * (register // 4) + 2 * _COLUMN + register % 2]
-            for register in range(sums.shape[1] // 2)
-        ]
-    )
+    return np.stack([sums[_place(register)] for register in range(sums.shape[1] // 2)])
 
 
 def mma(kind: str, a: NDArray, b: NDArray, c: NDArray) -> NDArray[np.uint32]:

@@ -74,6 +74,21 @@ class Shared:
         if (places % size).any():
             raise Wrong(f"an access of {size} bytes to shared memory that is not aligned")
 
+    def write(self, places: NDArray[np.int64], given: NDArray[np.uint8], warp: int) -> None:
+        """Write bytes for a warp of a block, which copies and the matrix units see only after a fence.
+
+        Of warps that write the same to a place one fence is enough.
+        """
+        me, before = np.uint32(1 << warp), self.unseen[places]
+        same = self.bytes[places] == given
+        self.unseen[places] = np.where(same, np.where(before, before | me, np.uint32(0)), me)
+        self.bytes[places] = given
+
+    def fence(self, block: int, warp: int) -> None:
+        """Let copies and the matrix units see what a warp has written to its block's memory."""
+        unseen = self.unseen[block * BLOCK : block * BLOCK + self.size]
+        unseen[unseen & np.uint32(1 << warp) != 0] = 0
+
     def seen(self, places: NDArray[np.int64], what: str) -> None:
         """See to it that what is read by a copy or by the matrix units was fenced after it was written."""
         self.check(places.ravel(), 1)

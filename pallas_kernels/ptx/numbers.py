@@ -117,11 +117,6 @@ def shift_right(x: NDArray, count: Bits) -> NDArray:
     return x >> near if x.dtype.kind == "i" else np.where(count < u4(bits), x >> near, x.dtype.type(0))
 
 
-def maximum(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the larger number; of a number and no number the number."""
-    return np.fmax(a, b)
-
-
 def multiply_high(a: NDArray, b: NDArray) -> NDArray:
     """Return the upper half of a product."""
     bits = 8 * a.dtype.itemsize

@@ -40,7 +40,7 @@ def parse(text: str) -> Program:
     """Return the kernel of a PTX file that has one.
 
     Raises:
-        ValueError: a file with no kernel, or a name that nothing declares.
+        ValueError: a file with no kernel.
     """
     found = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(.*?)\{", text, re.DOTALL)
     if found is None:
@@ -101,7 +101,7 @@ class _Reader:
                 self._declare(name.strip(), declared[1])
         elif shared := _SHARED.match(text):
             self.shared.add(shared[1])
-        elif not text.startswith((".pragma", ".reg")):
+        elif not text.startswith(".pragma"):
             self._instruction(text)
 
     def _declare(self, name: str, kind: str) -> None:
@@ -115,7 +115,7 @@ class _Reader:
         guard, negated = None, False
         if guarded := _GUARD.match(text):
             guard, negated, text = self._name(guarded[2]), guarded[1] == "!", text[guarded.end() :]
-        opcode, _, rest = text.partition(" ") if " " in text else (text, "", "")
+        opcode, _, rest = text.partition(" ")
         operands = tuple(re.sub(r"[%$\w#]+", lambda x: self._name(x[0]), part) for part in _split(rest))
         self.instructions.append(Instruction(opcode, operands, guard, negated))
 

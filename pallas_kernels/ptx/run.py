@@ -6,6 +6,7 @@ environment of `environment`, set before jax is imported, and jax's CUDA plugin 
 
 import contextlib
 import dataclasses
+import functools
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -45,25 +46,28 @@ class Emulation:
     runs: dict[str, int] = dataclasses.field(default_factory=dict)
     wrong: list[str] = dataclasses.field(default_factory=list)
 
-    def run(self, fn: Callable[..., Any], arrays: Sequence[Any]) -> list[jax.Array]:
-        """Run a function that is one kernel; return the arrays that it makes and those that it changes."""
+    def run(self, fn: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function that is one kernel; what it returns are the arrays that it makes, then those it changes."""
         one = SingleDeviceSharding(self.device)
-        lowered = jax.jit(fn).lower(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for x in arrays))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arguments)
+        lowered = jax.jit(fn).lower(*shapes)
         key = lowered.as_text()
         if key not in _compiled:
             _compiled[key] = compile_kernel(lowered, self.dump)
-        compiled, out = _compiled[key], jax.tree.leaves(jax.eval_shape(fn, *arrays))
+        compiled, out = _compiled[key], jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
 
-        def on_host(*given: Any) -> list[np.ndarray]:
+        def on_host(*given: Any) -> Any:
             name = compiled.code.program.name
             self.runs[name] = self.runs.get(name, 0) + 1
+            arrays = [np.asarray(x) for x in jax.tree.leaves(given)]
             try:
-                return execute(compiled, [np.asarray(x) for x in given], out, self.lateness, self.seed)
+                found = execute(compiled, arrays, jax.tree.leaves(out), self.lateness, self.seed)
             except (Wrong, NotImplementedError) as wrong:
                 self.wrong.append(f"{name}: {wrong}")
                 raise
+            return jax.tree.unflatten(jax.tree.structure(out), found)
 
-        return jax.pure_callback(on_host, out, *arrays)
+        return jax.pure_callback(on_host, out, *arguments)
 
 
 _compiled: dict[str, Compiled] = {}  # by what is lowered: the compiler writes nothing when it sees it again
@@ -79,28 +83,10 @@ def emulated(device: Any, dump: Path, lateness: float = 0.5, seed: int = 0) -> I
     kernel, in_place = plgpu.kernel, compat.gpu_kernel_in_place
     emulation = Emulation(device, dump, lateness, seed)
 
-    def call(*args: Any, **options: Any) -> Callable[..., Any]:
-        run = kernel(*args, **options)
+    def here(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: functools.partial(emulation.run, make(*args, **options))
 
-        def on(*arrays: Any) -> Any:
-            flat, tree = jax.tree.flatten(arrays)
-            out = jax.tree.structure(jax.eval_shape(run, *arrays))
-            return jax.tree.unflatten(out, emulation.run(lambda *x: run(*jax.tree.unflatten(tree, x)), flat))
-
-        return on
-
-    def call_in_place(*args: Any, **options: Any) -> Callable[..., Any]:
-        run = in_place(*args, **options)
-
-        def on(kept: list[Any], changed: list[Any]) -> Any:
-            split = len(kept)
-            found = emulation.run(lambda *x: run(list(x[:split]), list(x[split:])), [*kept, *changed])
-            made = len(found) - len(changed)
-            return found[:made], found[made:]
-
-        return on
-
-    plgpu.kernel, compat.gpu_kernel_in_place = call, call_in_place
+    plgpu.kernel, compat.gpu_kernel_in_place = here(kernel), here(in_place)
     try:
         yield emulation
     finally:

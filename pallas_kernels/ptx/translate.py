@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.ptx.operands import KINDS, LANES
 from pallas_kernels.ptx.parse import Program
-from pallas_kernels.ptx.writer import KINDS, LANES, Writer
+from pallas_kernels.ptx.writer import TOGETHER, Writer
 
 # What ends a run: the machine does these, since a warp may have to wait there.
 WAITS = ("bar.sync", "barrier.cluster.wait", "mbarrier.try_wait", "ret", "bra")
-# What all lanes of a warp do together.
-TOGETHER = ("shfl.sync", "mma.sync", "elect.sync", "redux.sync", "ldmatrix", "stmatrix", "wgmma", "bar", "setmaxnreg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Code:
 
     def together(self, at: int) -> bool:
         """Return whether an instruction needs all lanes that are left."""
-        return self.program.instructions[at].opcode.startswith(TOGETHER)
+        return self.program.instructions[at].opcode.split(".")[0] in TOGETHER
 
     def run(self, at: int, some: bool) -> tuple[Callable[..., Any], int]:
         """Return the function of the run that starts at an instruction, for `some` lanes, and where the run ends."""

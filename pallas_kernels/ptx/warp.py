@@ -18,6 +18,10 @@ _LANE = np.arange(32)
 Mask = NDArray[np.bool_] | None
 
 
+def _lanes(mask: Mask) -> list[int]:
+    return list(range(32)) if mask is None else np.flatnonzero(mask).tolist()
+
+
 class Warp:
     """32 lanes of a block."""
 
@@ -85,21 +89,7 @@ class Warp:
         where.check(at, size * len(values))
         given = np.ascontiguousarray(np.stack(values, axis=1)[lanes]).view(np.uint8)
         places = at[:, None] + np.arange(size * len(values))
-        if where is self.cluster.shared:
-            self._mark(places, given)
-            where.bytes[places] = given
-        else:
-            where.write(places, given, self.name)
-
-    def _mark(self, places: NDArray[np.int64], given: NDArray[np.uint8]) -> None:
-        """Note what is written, for copies and the matrix units see it only after a fence.
-
-        Of warps that write the same to a place one fence is enough.
-        """
-        shared, me = self.cluster.shared, np.uint32(1 << self.number)
-        before = shared.unseen[places]
-        same = shared.bytes[places] == given
-        shared.unseen[places] = np.where(same, np.where(before, before | me, np.uint32(0)), me)
+        where.write(places, given, self.number if where is self.cluster.shared else self.name)
 
     def load_matrices(self, at: NDArray[np.int64], count: int, turned: bool) -> list[NDArray]:
         """Return matrices of 8 by 8 halves: lanes 8 i and on say where the rows of the i-th lie, of 16 bytes each."""
@@ -115,9 +105,7 @@ class Warp:
         self.cluster.shared.check(rows, 16)
         halves = np.stack([np.ascontiguousarray(x).view(np.uint16).reshape(8, 8) for x in values])
         halves = np.ascontiguousarray(halves.swapaxes(1, 2) if turned else halves).reshape(-1, 8)
-        places, given = rows[:, None] + np.arange(16), halves.view(np.uint8)
-        self._mark(places, given)
-        self.cluster.shared.bytes[places] = given
+        self.cluster.shared.write(rows[:, None] + np.arange(16), halves.view(np.uint8), self.number)
 
     def _where(self, space: str, at: NDArray[np.int64]) -> tuple[Any, NDArray[np.int64]]:
         if space == "any":
@@ -125,10 +113,7 @@ class Warp:
         return (self.machine.memory, at - GLOBAL) if space == "global" else (self.cluster.shared, at)
 
     def fence(self) -> None:
-        """Let copies and the matrix units see what this warp has written."""
-        first = self.block.rank * BLOCK
-        unseen = self.cluster.shared.unseen[first : first + self.cluster.shared.size]
-        unseen[unseen & np.uint32(1 << self.number) != 0] = 0
+        self.cluster.shared.fence(self.block.rank, self.number)
 
     # What lanes do together.
 
@@ -144,17 +129,16 @@ class Warp:
             raise Wrong("shfl from a lane that is not there")
         return x[source], np.ones(32, bool)
 
-    def mma(self, shape: str, kind: str, a: list, b: list, c: list) -> NDArray[np.uint32]:
+    def mma(self, kind: str, a: list, b: list, c: list) -> NDArray[np.uint32]:
         return matrices.mma(kind, np.stack(a), np.stack(b), np.stack(c))
 
     # Products of a warpgroup: each warp makes its own 16 rows of 64.
 
     def wgmma(
-        self, shape: str, kind: str, targets: list[int], a: Any, b: NDArray, add: NDArray, flags: list[int]
+        self, width: int, kind: str, targets: list[int], a: Any, b: NDArray, add: NDArray, flags: list[int]
     ) -> None:
         def product() -> None:
-            width, depth = int(shape.split("n")[1].split("k")[0]), 16
-            turns = flags[2:]
+            depth, turns = 16, flags[2:]
             if isinstance(a, list):
                 left = matrices.rows_of_a(np.stack([self.registers[x] for x in a]), kind)
             else:
@@ -191,11 +175,11 @@ class Warp:
     # Barriers that no instruction waits at.
 
     def init(self, at: NDArray[np.int64], count: NDArray[np.uint32], mask: Mask) -> None:
-        for lane in np.flatnonzero(_ALL if mask is None else mask):
+        for lane in _lanes(mask):
             self.cluster.barrier_at(int(at[lane]), int(count[lane]))
 
     def arrive(self, at: NDArray[np.int64], count: NDArray[np.uint32], expected: bool, mask: Mask) -> None:
-        for lane in np.flatnonzero(_ALL if mask is None else mask):
+        for lane in _lanes(mask):
             barrier = self.cluster.barrier(int(at[lane]))
             if expected:
                 barrier.expect(int(count[lane]))
@@ -207,21 +191,21 @@ class Warp:
     # Copies.
 
     def tensor_load(self, to: NDArray, what: NDArray, where: list[NDArray], barrier: NDArray, mask: Mask) -> None:
-        for lane in np.flatnonzero(_ALL if mask is None else mask):
+        for lane in _lanes(mask):
             tensor = self._tensor(int(what[lane]))
             start = tuple(int(x[lane]) for x in where)
             self.cluster.copy_in(tensor, start, int(to[lane]), int(barrier[lane]))
 
     def tensor_store(self, what: NDArray, where: list[NDArray], source: NDArray, mask: Mask) -> None:
-        for lane in np.flatnonzero(_ALL if mask is None else mask):
+        for lane in _lanes(mask):
             tensor = self._tensor(int(what[lane]))
             start = tuple(int(x[lane]) for x in where)
-            self._issue(int(lane), self.cluster.copy_out(tensor, start, int(source[lane]), self.name))
+            self._issue(lane, self.cluster.copy_out(tensor, start, int(source[lane]), self.name))
 
     def bulk_store(self, to: NDArray, source: NDArray, size: NDArray, mask: Mask) -> None:
-        for lane in np.flatnonzero(_ALL if mask is None else mask):
+        for lane in _lanes(mask):
             there, here = int(to[lane]) - GLOBAL, int(source[lane])
-            self._issue(int(lane), self.cluster.copy_bytes(there, here, int(size[lane]), self.name))
+            self._issue(lane, self.cluster.copy_bytes(there, here, int(size[lane]), self.name))
 
     def _issue(self, lane: int, copy: Any) -> None:
         if not self.machine.late():
@@ -230,12 +214,12 @@ class Warp:
         self.stores.setdefault(lane, [[]])[-1].append(copy)
 
     def bulk_commit(self, mask: Mask) -> None:
-        for lane in np.flatnonzero(_ALL if mask is None else mask):
-            self.stores.setdefault(int(lane), [[]]).append([])
+        for lane in _lanes(mask):
+            self.stores.setdefault(lane, [[]]).append([])
 
     def bulk_wait(self, left: int, mask: Mask) -> None:
-        for lane in np.flatnonzero(_ALL if mask is None else mask):
-            groups = self.stores.get(int(lane), [[]])
+        for lane in _lanes(mask):
+            groups = self.stores.get(lane, [[]])
             while len(groups) > left + 1:
                 for copy in groups.pop(0):
                     if copy is not None:

@@ -2,27 +2,11 @@
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from pallas_kernels.ptx import numbers
+from pallas_kernels.ptx.operands import LANES, TYPES, Operands
 from pallas_kernels.ptx.parse import Instruction
 
-if TYPE_CHECKING:
-    from pallas_kernels.ptx.translate import Code
-
-LANES = 32
-KINDS = {"pred": "b1", "b16": "u2", "b32": "u4", "b64": "u8"}  # of registers: NumPy's type, by its bytes
-_NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$")
-_FLOAT = re.compile(r"0[fF]([0-9a-fA-F]{8})$")
-_ADDRESS = re.compile(r"\[([^+\]]+)(?:\+(-?\d+))?\]$")
-_TYPES = {
-    "pred": "b1", "b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2",
-    "b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "b64": "u8", "u64": "u8", "s64": "i8", "bf16": "u2",
-    "bf16x2": "u4", "f16x2": "u4", "e4m3x2": "u2",
-}  # fmt: skip
-_WIDTH = {"b1": 0, "u1": 1, "i1": 1, "u2": 2, "i2": 2, "f2": 2, "u4": 4, "i4": 4, "f4": 4, "u8": 8, "i8": 8}
 _WIDER = {"i2": "i4", "u2": "u4", "i4": "i8", "u4": "u8"}
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
@@ -42,18 +26,13 @@ _WORDS = {
     "cp": "async bulk tensor 1d 2d 3d 4d 5d global shared::cluster shared::cta mbarrier::complete_tx::bytes bulk_group "
     "commit_group wait_group read",
 }  # fmt: skip
-_TOGETHER = ("mma", "wgmma", "ldmatrix", "stmatrix", "shfl", "redux", "fence", "barrier")  # and so without a guard
+# What all lanes of a warp do together, and so without a guard.
+TOGETHER = ("shfl", "mma", "wgmma", "elect", "redux", "ldmatrix", "stmatrix", "bar", "barrier", "setmaxnreg")
 _NOTHING = ("griddepcontrol", "prefetch", "setmaxnreg", "fence.mbarrier_init", "wgmma.fence")
 
 
-class Writer:
+class Writer(Operands):
     """Writes the lines of a function."""
-
-    def __init__(self, code: "Code", some: bool):
-        self.code, self.some = code, some
-        self.lines: list[str] = []
-        self.names: dict[str, Any] = {**vars(numbers), "np": np, "b1": np.bool_}
-        self.active = "m" if some else "None"
 
     def function(self, name: str) -> Callable[..., Any]:
         body = "\n".join(f"    {line}" for line in self.lines) or "    pass"
@@ -77,77 +56,10 @@ class Writer:
         if one.opcode.startswith(_NOTHING):
             return
         method, words = getattr(self, f"_{parts[0]}", None), _WORDS.get(parts[0])
-        known = words is None or set(parts[1:]) <= _TYPES.keys() | set(words.split())
-        if method is None or not known or (one.guard is not None and parts[0] in _TOGETHER):
+        known = words is None or set(parts[1:]) <= TYPES.keys() | set(words.split())
+        if method is None or not known or (one.guard is not None and parts[0] in (*TOGETHER, "fence")):
             raise NotImplementedError(f"{one}: the instruction is not known here")
         method(parts, one.operands)
-
-    # Operands.
-
-    def value(self, text: str, kind: str) -> str:
-        """Return an operand as an expression of a type; what is wider is cut."""
-        places, program = self.code.places, self.code.program
-        if text in places:
-            have, name = KINDS[program.registers[text]], f"R[{places[text]}]"
-            if have == kind:
-                return name
-            return f"{name}.view({kind})" if _WIDTH[have] == _WIDTH[kind] else f"{name}.astype({kind})"
-        if text in program.shared:
-            return f"w.shared_base({kind})"
-        if text in program.parameters:
-            return f"w.parameter_address({program.parameters.index(text)})"
-        if text.startswith("%"):
-            return f"w.special[{text!r}]"
-        if found := _FLOAT.match(text):
-            return self.number(int(found[1], 16), kind)
-        if _NUMBER.match(text):
-            return self.number(int(text.rstrip("U"), 0), kind)
-        raise NotImplementedError(f"operand {text!r}: not known here")
-
-    def number(self, number: int, kind: str) -> str:
-        """Return the name of an array that has a number, given as bits, in all lanes."""
-        if kind == "b1":
-            array = np.full(LANES, bool(number))
-        else:
-            bits = 8 * _WIDTH[kind]
-            unsigned = np.dtype(f"uint{bits}")
-            array = np.full(LANES, number & ((1 << bits) - 1), unsigned).view(getattr(numbers, kind))
-        name = f"k_{kind}_{number & ((1 << 64) - 1):x}"
-        self.names[name] = array
-        return name
-
-    def address(self, text: str) -> str:
-        """Return `[base+offset]` as an expression of int64."""
-        found = _ADDRESS.match(text)
-        base, offset = found[1], int(found[2] or 0)
-        wide = "u8" if self.code.program.registers.get(base, "b64") == "b64" else "u4"
-        return f"{self.value(base, wide)}.astype(i8) + {offset}"
-
-    def put(self, name: str, expression: str, kind: str) -> None:
-        """Write a register, in the lanes that run."""
-        if name == "_":
-            return
-        have, place = KINDS[self.code.program.registers[name]], self.code.places[name]
-        if have != kind:
-            if _WIDTH[have] == _WIDTH[kind]:
-                expression = f"({expression}).view({have})"
-            elif kind[0] == "f":
-                expression = f"({expression}).view(u{_WIDTH[kind]}).astype({have})"
-            else:
-                expression = f"({expression}).astype({have})"
-        if self.active != "None":
-            expression = f"np.where({self.active}, {expression}, R[{place}])"
-        self.lines.append(f"R[{place}] = {expression}")
-
-    def together_put(self, operand: str, expressions: list[str], kinds: list[str]) -> None:
-        """Write what `a|b` or `{a,b}` names."""
-        names = re.split(r"[|,]", operand.strip("{}"))
-        for name, expression, kind in zip(names, expressions, kinds, strict=False):
-            self.put(name, expression, kind)
-
-    def _plain(self, operands: tuple[str, ...], kind: str, form: str, result: str | None = None) -> None:
-        """Write `form` of the operands after the first; `form` has one {} for each."""
-        self.put(operands[0], form.format(*(self.value(x, kind) for x in operands[1:])), result or kind)
 
     # Arithmetic.
 
@@ -158,23 +70,23 @@ class Writer:
         elif kind == "bf16":
             self._plain(operands, "u2", f"to_bf16(bf16({{}}).astype(f8) {sign} bf16({{}}))")
         else:
-            self._plain(operands, _TYPES[kind], f"{{}} {sign} {{}}")
+            self._plain(operands, TYPES[kind], f"{{}} {sign} {{}}")
 
     _sub = _and = _or = _xor = _add
 
     def _mul(self, parts, operands):
         kind = parts[-1]
         if parts[1] == "wide":
-            narrow = _TYPES[kind]
+            narrow = TYPES[kind]
             a, b = (f"{self.value(x, narrow)}.astype({_WIDER[narrow]})" for x in operands[1:])
             self.put(operands[0], f"{a} * {b}", _WIDER[narrow])
         elif parts[1] == "hi":
-            self._plain(operands, _TYPES[kind], "multiply_high({}, {})")
+            self._plain(operands, TYPES[kind], "multiply_high({}, {})")
         else:
             self._add(parts, operands)
 
     def _mad(self, parts, operands):
-        self._plain(operands, _TYPES[parts[-1]], "{} * {} + {}")
+        self._plain(operands, TYPES[parts[-1]], "{} * {} + {}")
 
     def _fma(self, parts, operands):
         if parts[-1] == "bf16x2":
@@ -186,16 +98,16 @@ class Writer:
         self._plain(operands, "f4", "{} / {}")
 
     def _neg(self, parts, operands):
-        self._plain(operands, _TYPES[parts[-1]], "-{}")
+        self._plain(operands, TYPES[parts[-1]], "-{}")
 
     def _not(self, parts, operands):
-        self._plain(operands, _TYPES[parts[-1]], "~{}")
+        self._plain(operands, TYPES[parts[-1]], "~{}")
 
     def _abs(self, parts, operands):
-        self._plain(operands, _TYPES[parts[-1]], "np.abs({})")
+        self._plain(operands, TYPES[parts[-1]], "np.abs({})")
 
     def _max(self, parts, operands):
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         name = {"max": "maximum", "min": "minimum"}[parts[0]]
         if kind == "f4" and "NaN" not in parts:
             name = "f" + name[:3]
@@ -222,17 +134,17 @@ class Writer:
     # Bits.
 
     def _shl(self, parts, operands):
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         a, count = self.value(operands[1], kind), self.value(operands[2], "u4")
         self.put(operands[0], f"shift_left({a}, {count})", kind)
 
     def _shr(self, parts, operands):
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         a, count = self.value(operands[1], kind), self.value(operands[2], "u4")
         self.put(operands[0], f"shift_right({a}, {count})", kind)
 
     def _bfe(self, parts, operands):
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         unsigned = kind.replace("i", "u")
         a, start, length = self.value(operands[1], unsigned), *(self.value(x, "u4") for x in operands[2:])
         self.put(operands[0], f"bfe({a}, {start}, {length}, {kind[0] == 'i'})", unsigned)
@@ -246,20 +158,20 @@ class Writer:
     # Choice and conversion.
 
     def _setp(self, parts, operands):
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         if parts[1] == "nan":
             self._plain(operands, kind, "np.isnan({}) | np.isnan({})", "b1")
         else:
             self._plain(operands, kind, f"{{}} {_COMPARED[parts[1]]} {{}}", "b1")
 
     def _selp(self, parts, operands):
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         a, b, which = *(self.value(x, kind) for x in operands[1:3]), self.value(operands[3], "b1")
         self.put(operands[0], f"np.where({which}, {a}, {b})", kind)
 
     def _mov(self, parts, operands):
         target, source = operands
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         if target.startswith("{"):
             self.together_put(target, [f"halves({self.value(source, 'u4')})[{n}]" for n in range(2)], ["u2", "u2"])
         elif source.startswith("{"):
@@ -286,7 +198,7 @@ class Writer:
         elif "rni" in parts:
             self.put(operands[0], f"to_integer({self.value(operands[1], 'f4')})", "i4")
         else:
-            kind, other = _TYPES[source], _TYPES[to]
+            kind, other = TYPES[source], TYPES[to]
             self.put(operands[0], f"{self.value(operands[1], kind)}.astype({other})", other)
 
     # Memory. The warp does it.
@@ -297,14 +209,14 @@ class Writer:
             self.put(operands[0], f"w.parameter({self.code.program.parameters.index(name)})", "u8")
             return
         space = parts[1] if parts[1] in ("shared", "global") else "any"
-        kind, names = _TYPES[parts[-1]], operands[0].strip("{}").split(",")
+        kind, names = TYPES[parts[-1]], operands[0].strip("{}").split(",")
         self.lines.append(f"x = w.load({space!r}, {self.address(operands[1])}, {kind}, {len(names)}, {self.active})")
         for n, name in enumerate(names):
             self.put(name, f"x[{n}]", kind)
 
     def _st(self, parts, operands):
         space = parts[1].split("::")[0] if parts[1].split("::")[0] in ("shared", "global") else "any"
-        kind = _TYPES[parts[-1]]
+        kind = TYPES[parts[-1]]
         values = ", ".join(self.value(x, kind) for x in operands[1].strip("{}").split(","))
         self.lines.append(f"w.store({space!r}, {self.address(operands[0])}, [{values}], {self.active})")
 
@@ -333,15 +245,13 @@ class Writer:
 
     def _redux(self, parts, operands):
         value = self.value(operands[1], "u4")
-        self.put(operands[0], f"np.full({LANES}, {value}[{self._lanes()}].max(), u4)", "u4")
-
-    def _lanes(self) -> str:
-        return ":" if self.active == "None" else self.active
+        lanes = ":" if self.active == "None" else self.active
+        self.put(operands[0], f"np.full({LANES}, {value}[{lanes}].max(), u4)", "u4")
 
     def _mma(self, parts, operands):
         d, a, b, c = ([self.value(x, "u4") for x in part.strip("{}").split(",")] for part in operands)
         a, b, c = (f"[{', '.join(part)}]" for part in (a, b, c))
-        self.lines.append(f"x = w.mma({parts[3]!r}, {parts[7]!r}, {a}, {b}, {c})")
+        self.lines.append(f"x = w.mma({parts[7]!r}, {a}, {b}, {c})")
         self.together_put(operands[0], [f"x[{n}]" for n in range(len(d))], ["u4"] * len(d))
 
     def _wgmma(self, parts, operands):
@@ -357,7 +267,8 @@ class Writer:
             add = self.value(operands[3], "b1")
             signs_and_turns = ", ".join(str(int(x, 0)) for x in operands[4:])
             b = self.value(operands[2], "u8")
-            what = f"{parts[4]!r}, {parts[6]!r}, {targets}, {a}, {b}, {add}, [{signs_and_turns}]"
+            width = int(parts[4].removeprefix("m64n").removesuffix("k16"))
+            what = f"{width}, {parts[6]!r}, {targets}, {a}, {b}, {add}, [{signs_and_turns}]"
             self.lines.append(f"w.wgmma({what})")
         elif parts[1] == "commit_group":
             self.lines.append("w.wgmma_commit()")
